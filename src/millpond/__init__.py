@@ -1,0 +1,148 @@
+"""Millpond: a durable, at-least-once message queue that lives in storage you already have.
+
+    async with millpond.connect("sqlite:///work.db") as pond:
+        orders = pond.queue("orders")
+        await orders.enqueue(b"…")
+        for message in await orders.receive(count=10, wait=5.0):
+            await message.ack()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names are loaded when they are first used, so that `millpond --help` and a mere import stay quick.
+_WHERE = {
+    "Answer": "queue",
+    "Config": "service.config",
+    "DeadLetters": "queue",
+    "EnqueueOptions": "service.config",
+    "Lease": "message",
+    "Message": "message",
+    "MessageState": "message",
+    "MessageView": "message",
+    "Payload": "service.payloads",
+    "Pond": "pond",
+    "Queue": "queue",
+    "QueueCounts": "queue",
+    "QueuePolicy": "service.config",
+    "Receipt": "queue",
+    "SyncPond": "sync",
+    "connect": "pond",
+    "connect_sync": "sync",
+    "json": "service.payloads",
+    "msgpack": "service.payloads",
+    "text": "service.payloads",
+    "Keyring": "crypto.keyring",
+    "CryptoError": "errors",
+    "InvalidInput": "errors",
+    "InvalidMessageId": "errors",
+    "InvalidQueue": "errors",
+    "LeaseLost": "errors",
+    "MessageNotFound": "errors",
+    "MillpondError": "errors",
+    "PayloadNotLoaded": "errors",
+    "StateConflict": "errors",
+    "StoreBusy": "errors",
+    "StoreClosed": "errors",
+    "StoreCorrupt": "errors",
+    "StoreError": "errors",
+    "StoreFull": "errors",
+    "StoreMismatch": "errors",
+    "Tampered": "errors",
+    "TooLarge": "errors",
+    "TooManyConsumers": "errors",
+    "UnknownKey": "errors",
+}
+
+if TYPE_CHECKING:
+    from millpond.crypto.keyring import Keyring
+    from millpond.errors import (
+        CryptoError,
+        InvalidInput,
+        InvalidMessageId,
+        InvalidQueue,
+        LeaseLost,
+        MessageNotFound,
+        MillpondError,
+        PayloadNotLoaded,
+        StateConflict,
+        StoreBusy,
+        StoreClosed,
+        StoreCorrupt,
+        StoreError,
+        StoreFull,
+        StoreMismatch,
+        Tampered,
+        TooLarge,
+        TooManyConsumers,
+        UnknownKey,
+    )
+    from millpond.message import Lease, Message, MessageState, MessageView
+    from millpond.pond import Pond, connect
+    from millpond.queue import Answer, DeadLetters, Queue, QueueCounts, Receipt
+    from millpond.service.config import Config, EnqueueOptions, QueuePolicy
+    from millpond.service.payloads import Payload, json, msgpack, text
+    from millpond.sync import SyncPond, connect_sync
+
+
+def __getattr__(name: str) -> Any:
+    where = _WHERE.get(name)
+    if where is None:
+        raise AttributeError(f"module 'millpond' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"millpond.{where}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])
+
+
+__all__ = [
+    "Answer",
+    "Config",
+    "CryptoError",
+    "DeadLetters",
+    "EnqueueOptions",
+    "InvalidInput",
+    "InvalidMessageId",
+    "InvalidQueue",
+    "Keyring",
+    "Lease",
+    "LeaseLost",
+    "Message",
+    "MessageNotFound",
+    "MessageState",
+    "MessageView",
+    "MillpondError",
+    "Payload",
+    "PayloadNotLoaded",
+    "Pond",
+    "Queue",
+    "QueueCounts",
+    "QueuePolicy",
+    "Receipt",
+    "StateConflict",
+    "StoreBusy",
+    "StoreClosed",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreFull",
+    "StoreMismatch",
+    "SyncPond",
+    "Tampered",
+    "TooLarge",
+    "TooManyConsumers",
+    "UnknownKey",
+    "__version__",
+    "connect",
+    "connect_sync",
+    "json",
+    "msgpack",
+    "text",
+]

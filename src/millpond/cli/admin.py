@@ -1,0 +1,132 @@
+"""``millpond pause``, ``resume``, ``policy`` and ``purge``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from millpond.cli.durations import Duration
+from millpond.cli.settings import Command, Group, Settings, confirm, option, pass_settings, queue_argument
+
+if TYPE_CHECKING:
+    from millpond.pond import Pond
+    from millpond.queue import Queue
+
+INHERIT = "default"
+"""The word that takes a setting back to the pond's default."""
+
+
+@click.command(cls=Command)
+@queue_argument()
+@pass_settings
+def pause(settings: Settings, queue: str) -> None:
+    """Hand out nothing from QUEUE until resume.
+
+    Producers go on, and so do those who hold messages.
+    """
+    settings.run(lambda pond: settings.queue(pond, queue).pause())
+
+
+@click.command(cls=Command)
+@queue_argument()
+@pass_settings
+def resume(settings: Settings, queue: str) -> None:
+    """Hand out messages of QUEUE again."""
+    settings.run(lambda pond: settings.queue(pond, queue).resume(), existing=True)
+
+
+@click.command(cls=Command)
+@queue_argument()
+@option("--yes", "-y", is_flag=True, environment=False, help="Do not ask.")
+@pass_settings
+def purge(settings: Settings, queue: str, yes: bool) -> None:
+    """Remove every message of QUEUE that no consumer holds.
+
+    Dead letters stay; `dlq purge` removes those. Asks first; where nobody can be asked, --yes is needed.
+    """
+    confirm(f"Remove all messages of {queue}?", yes)
+
+    async def remove(pond: Pond) -> None:
+        output = settings.output()
+        count = await settings.queue(pond, queue).purge()
+        if output.json:
+            output.record({"queue": queue, "purged": count})
+        else:
+            output.line(f"{count} removed")
+
+    settings.run(remove, existing=True)
+
+
+@click.group(cls=Group)
+def policy() -> None:
+    """Show or change what the messages of a queue get.
+
+    A message's own options win over its queue's policy, and that over the pond's defaults.
+    """
+
+
+@policy.command("show")
+@queue_argument()
+@pass_settings
+def policy_show(settings: Settings, queue: str) -> None:
+    """Show the policy of QUEUE."""
+    settings.run(lambda pond: _print_policy(settings, settings.queue(pond, queue)), existing=True)
+
+
+@policy.command("set")
+@queue_argument()
+@option("--default-visibility", type=Duration(positive=True, word=INHERIT), help="How long a delivery may take.")
+@option("--max-attempts", metavar="N|default", callback=lambda ctx, param, value: _count(value),
+        help="Failures until a message is a dead letter; 0 for no limit.")  # fmt: skip
+@option("--ttl", type=Duration(positive=True, word=INHERIT), help="Messages expire after this long.")
+@option("--on-expired", type=click.Choice(["discard", "dead_letter"]), help="What becomes of an expired message.")
+@option("--on-exhausted", type=click.Choice(["dead_letter", "discard"]), help="… of one that failed too often.")
+@option("--dedup-window", type=Duration(positive=True, word=INHERIT), help="For how long dedup keys hold.")
+@pass_settings
+def policy_set(settings: Settings, /, queue: str, **fields: Any) -> None:
+    """Change the policy of QUEUE; what is not named stays.
+
+    `default` takes a setting back to the pond's default. Messages that are queued already keep what they got.
+    """
+    chosen = {name: None if value == INHERIT else value for name, value in fields.items() if value is not None}
+    if not chosen:
+        raise click.UsageError("nothing to set")
+
+    async def change(pond: Pond) -> None:
+        target = settings.queue(pond, queue)
+        await target.set_policy(**chosen)
+        await _print_policy(settings, target)
+
+    settings.run(change)
+
+
+def _count(value: str | None) -> int | str | None:
+    if value is None or value == INHERIT:
+        return value
+    if not value.isdecimal():
+        raise click.BadParameter(f"{value!r} is not a number, 0 or more, or {INHERIT}")
+    return int(value)
+
+
+POLICY_FIELDS = ("default_visibility", "max_attempts", "ttl", "on_expired", "on_exhausted", "dedup_window", "paused")
+
+
+async def _print_policy(settings: Settings, queue: Queue) -> None:
+    from millpond.cli.durations import format_duration
+
+    output = settings.output()
+    found = await queue.policy()
+    fields = {name: getattr(found, name) for name in POLICY_FIELDS}
+    if output.json:
+        output.record({"namespace": queue.namespace, "queue": queue.name, **fields})
+        return
+
+    def shown(value: Any) -> str:
+        if value is None:
+            return INHERIT
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return format_duration(value) if isinstance(value, float) else str(value)
+
+    output.block({name.replace("_", "-"): shown(value) for name, value in fields.items()})

@@ -1,0 +1,169 @@
+"""``millpond peek``, ``queues``, ``stats`` and ``verify``: look, and change nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from millpond.cli.codes import EXIT_ERROR
+from millpond.cli.settings import Command, Settings, option, pass_settings, queue_argument
+
+if TYPE_CHECKING:
+    from millpond.cli.output import Output
+    from millpond.message import MessageView
+    from millpond.pond import Pond
+
+
+@click.command(cls=Command)
+@queue_argument()
+@option("--count", "-n", type=click.IntRange(1), default=1, help="At most this many messages.")
+@option("--message", metavar="ID", environment=False, help="This message, whatever its state.")
+@option(
+    "--output",
+    "-o",
+    environment=False,
+    type=click.Path(dir_okay=False),
+    help="Write the payload into this file; - is stdout, bare.",
+)
+@option("--no-payload", is_flag=True, help="Leave the payload out.")
+@pass_settings
+def peek(settings: Settings, queue: str, count: int, message: str | None, output: str | None, no_payload: bool) -> None:
+    """Show the next messages of QUEUE without taking them.
+
+    In the order in which they would be handed out; only those that are ready. With --message, one message in any state.
+    """
+    if output is not None and count != 1:
+        raise click.UsageError("--output holds one payload")
+    if output == "-" and settings.json:
+        raise click.UsageError("--output - and --json both want stdout")
+
+    async def look(pond: Pond) -> None:
+        source = settings.queue(pond, queue)
+        views = [await source.get(message)] if message is not None else await source.peek(count)
+        for view in views:
+            await show(settings.output(), view, output, not no_payload)
+
+    settings.run(look, existing=True)
+
+
+async def show(output: Output, view: MessageView, file: str | None, with_payload: bool) -> None:
+    """One message in full: its fields and, if wanted, its payload, which may go to a file."""
+    from millpond.cli import records
+    from millpond.cli.consume import open_output
+
+    if file == "-":
+        async for chunk in view.stream():
+            output.raw(chunk)
+        return
+    fields = records.view(view)
+    if file is not None:
+        with open_output(file) as target:
+            async for chunk in view.stream():
+                target.write(chunk)
+        fields |= {"payload": None, "payload_encoding": "file", "payload_file": file}
+    elif with_payload:
+        small = view.payload_size <= records.JSON_PAYLOAD_LIMIT
+        fields |= records.payload_fields(await view.payload() if small else None)
+    if output.json:
+        output.record(fields)
+        return
+    if fields.get("payload_encoding") == "utf-8":
+        del fields["payload_encoding"]
+    output.block(fields)
+    output.line()
+
+
+@click.command(cls=Command)
+@pass_settings
+def queues(settings: Settings) -> None:
+    """List the queues.
+
+    All of them, or those of --namespace.
+    """
+
+    async def look(pond: Pond) -> None:
+        from millpond.cli.records import all_queues
+
+        output = settings.output()
+        found = await all_queues(pond, settings.namespace)
+        rows = [(at, name, (await pond.queue(name, namespace=at).policy()).paused) for at, name in found]
+        if output.json:
+            for at, name, paused in rows:
+                output.record({"namespace": at, "queue": name, "paused": paused})
+        elif rows:
+            output.rows(("namespace", "queue", "state"), [(at, name, "paused" if p else "") for at, name, p in rows])
+
+    settings.run(look, existing=True)
+
+
+@click.command(cls=Command)
+@queue_argument(required=False)
+@pass_settings
+def stats(settings: Settings, queue: str | None) -> None:
+    """Count the messages of QUEUE, or of every queue.
+
+    blocked waits for an earlier message of its ordering key; bytes are payload bytes waiting or held; oldest is for how
+    long the first of the ready ones has waited. -v adds the store's own counters.
+    """
+
+    async def look(pond: Pond) -> None:
+        from millpond.cli.durations import format_duration
+        from millpond.cli.records import all_queues, counts
+
+        output = settings.output()
+        if queue is not None:
+            one = settings.queue(pond, queue)
+            names = [(one.namespace, one.name)]
+        else:
+            names = await all_queues(pond, settings.namespace)
+        found = [counts(at, name, await pond.queue(name, namespace=at).counts()) for at, name in names]
+        if output.json:
+            for record in found:
+                output.record(record)
+            if settings.verbose:
+                output.record({"store": pond.statistics()})
+            return
+        columns = ("namespace", "queue", "ready", "delayed", "leased", "blocked", "dead", "bytes")
+        if found:
+            output.rows(
+                (*columns, "oldest"),
+                [
+                    (
+                        *(record[column] for column in columns),
+                        "" if record["oldest_age"] is None else format_duration(record["oldest_age"]),
+                    )
+                    for record in found
+                ],
+            )
+        if settings.verbose:
+            output.line()
+            output.block(pond.statistics())
+
+    settings.run(look, existing=True)
+
+
+@click.command(cls=Command)
+@pass_settings
+def verify(settings: Settings) -> None:
+    """Check the whole store and print what is wrong.
+
+    Reads every record. Exit code 0 when all is well, 1 when something is not.
+    """
+
+    async def check(pond: Pond) -> int:
+        output = settings.output()
+        problems = await pond.verify()
+        for problem in problems:
+            if output.json:
+                output.record({"where": problem.where, "what": problem.what})
+            else:
+                output.line(f"{problem.where}: {problem.what}")
+        if not problems:
+            output.note("all is well")
+        return len(problems)
+
+    if found := settings.run(check, existing=True):
+        print(f"millpond: error: {found} problem{'' if found == 1 else 's'} found", file=sys.stderr)
+        raise click.exceptions.Exit(EXIT_ERROR)

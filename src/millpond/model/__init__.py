@@ -1,0 +1,1 @@
+"""Frozen data and pure functions: what a message is, how it is named, dated and encoded. No I/O in this package."""

@@ -1,0 +1,244 @@
+"""`Pond`: a connection to a store, and everything of this process that works on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from millpond.errors import InvalidInput, MillpondError, StoreClosed
+from millpond.model.clock import Clock, SystemClock, TimerHandle
+from millpond.model.ids import IdSource
+from millpond.queue import Queue
+from millpond.service.collector import Collected, collect
+from millpond.service.config import Config
+from millpond.service.dispatcher import Dispatcher
+from millpond.service.service import QueueService
+from millpond.service.watch import watch_factory_from_storage
+from millpond.stores.base import Problem, QueueName, Store
+
+if TYPE_CHECKING:
+    from millpond.crypto.keyring import Keyring
+
+log = logging.getLogger("millpond.pond")
+# Silent until the application configures logging; the root logger is the application's.
+logging.getLogger("millpond").addHandler(logging.NullHandler())
+
+DEFAULT_URL = "sqlite:///millpond.db"
+
+
+def open_store(url: str, clock: Clock) -> Store:
+    """The store that a URL names, not opened yet.
+
+    ``sqlite:///relative/path.db``, ``sqlite:////absolute/path.db`` (options: ``busy_timeout`` seconds, ``inline_limit``
+    and ``cache_bytes`` bytes), ``memory://``. Raises InvalidInput."""
+    parts = urlsplit(url)
+    query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+    if parts.scheme == "memory":
+        from millpond.stores.memory import MemoryStore
+
+        _no_more(url, query)
+        return MemoryStore(clock=clock)
+    if parts.scheme == "sqlite":
+        from millpond.stores.sqlite import SqliteStore
+
+        path = unquote(parts.path).removeprefix("/")
+        if parts.netloc or not path:
+            raise InvalidInput(
+                f"{url!r} names no file: write sqlite:///relative/path.db or sqlite:////absolute/path.db"
+            )
+        options: dict[str, Any] = {}
+        for name, convert in (("busy_timeout", float), ("inline_limit", int), ("cache_bytes", int)):
+            if name in query:
+                value = query.pop(name)
+                try:
+                    options[name] = convert(value)
+                except ValueError as error:
+                    raise InvalidInput(f"{name}={value} in {url!r} is not a number") from error
+        _no_more(url, query)
+        return SqliteStore(path, clock=clock, **options)
+    known = "sqlite:///path.db or memory://"
+    raise InvalidInput(f"this version opens no store by {url!r}; it knows {known}")
+
+
+def _no_more(url: str, query: dict[str, str]) -> None:
+    if query:
+        raise InvalidInput(f"{url!r} has options that this store does not know: {', '.join(sorted(query))}")
+
+
+class Pond:
+    """A connection to a store. Use as ``async with``; safe for any number of tasks of its event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        clock: Clock | None = None,
+        config: Config | None = None,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        """For a store of one's own; otherwise see `millpond.connect`."""
+        self.clock = clock or SystemClock()
+        self.config = config = config or Config()
+        self.store = store
+        self.ids = IdSource(self.clock, random_bytes)
+        self.service = QueueService(store, self.clock, self.ids, config)
+        self.dispatcher = Dispatcher(
+            self.service,
+            clock=self.clock,
+            ids=self.ids,
+            poll_interval=config.poll_interval,
+            poll_jitter=config.poll_jitter,
+            poll_max_interval=max(config.poll_interval, config.poll_max_interval),
+            resilient_poll_interval=config.resilient_poll_interval,
+            max_consumers=config.max_consumers,
+            page_size=max(config.page_size, config.ready_page_size),
+            watch_factory=watch_factory_from_storage(store),
+        )
+        self.service.on_ready = self.dispatcher.ready
+        self.service.on_due = self.dispatcher.due
+        self._opened = False
+        self._closed = False
+        self._collecting: asyncio.Task[None] | None = None
+        self._collect_timer: TimerHandle | None = None
+
+    async def open(self) -> Pond:
+        """Open the store; `async with` does it. Raises StoreError."""
+        if self._closed:
+            raise StoreClosed("this pond was closed; connect again")
+        if not self._opened:
+            await self.store.open()
+            self._opened = True
+            self._schedule_collection()
+        return self
+
+    async def close(self) -> None:
+        """Let what is under way finish, wake whoever waits with StoreClosed, release the store. Safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._collect_timer is not None:
+            self._collect_timer.cancel()
+        if self._collecting is not None:
+            await asyncio.gather(self._collecting, return_exceptions=True)
+        await self.dispatcher.close()
+        await self.service.close()
+        await self.store.close()
+
+    async def __aenter__(self) -> Pond:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def queue(self, name: str, *, namespace: str | None = None) -> Queue:
+        """A queue by its name; no I/O. Raises InvalidQueue."""
+        return Queue(self.service, self.dispatcher, name, namespace)
+
+    async def queues(self) -> list[QueueName]:
+        """Every queue in the store, by namespace and name."""
+        return await self.service.list_queues()
+
+    async def collect(self) -> Collected:
+        """One pass of the collector, which otherwise runs every ``collect_interval`` seconds: settles expired messages,
+        removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
+        return await collect(self.service)
+
+    def _schedule_collection(self) -> None:
+        # Spread by a random part, so that processes started together do not all sweep at once.
+        interval = self.config.collect_interval * (0.75 + self.ids.below(500) / 1000)
+        self._collect_timer = self.clock.call_later(interval, self._start_collection)
+
+    def _start_collection(self) -> None:
+        if self._closed:
+            return
+
+        async def run() -> None:
+            try:
+                await self.collect()
+            except MillpondError as error:
+                # The next pass tries again; until then only disk space and counts are affected.
+                log.warning("millpond.collect.failed", extra={"reason": f"{type(error).__name__}: {error}"})
+            if not self._closed:
+                self._schedule_collection()
+
+        self._collecting = asyncio.create_task(run(), name="millpond collector")
+
+    async def verify(self) -> list[Problem]:
+        """Check the store's integrity and that every record can be read; [] when all is well."""
+        problems = await self.store.verify()
+        for name in await self.queues():
+            problems += await self._verify_queue(name)
+        return problems
+
+    async def _verify_queue(self, name: QueueName) -> list[Problem]:
+        from millpond.stores.base import Box
+
+        problems = []
+        for box in Box:
+            after: int | None = None
+            while True:
+                page = await self.store.list(*name, box, after=after, limit=500)
+                for stored in page.records:
+                    try:
+                        record = self.service.record(stored)
+                    except MillpondError as error:
+                        problems.append(Problem(f"message {stored.item.id} in {name.namespace}/{name.queue}", str(error)))
+                        continue
+                    if record.head.id != stored.item.id or record.status.visible_at != stored.mark.due:
+                        problems.append(
+                            Problem(
+                                f"message {stored.item.id} in {name.namespace}/{name.queue}",
+                                "the record and its index disagree",
+                            )
+                        )
+                if page.next_after is None:
+                    break
+                after = page.next_after
+        return problems
+
+    async def rekey(self, progress: Callable[[int], None] | None = None, *, encrypt_plain: bool = False) -> int:
+        """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
+        to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
+        from millpond.stores.encrypted import EncryptedStore
+        from millpond.stores.rekey import rekey
+
+        if not isinstance(self.store, EncryptedStore):
+            raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
+        return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the store, the ready caches and the dispatcher, for operators."""
+        import msgspec
+
+        return {
+            "store": self.store.statistics(),
+            "ready_cache": msgspec.structs.asdict(self.service.ready_cache_stats()),
+            "dispatcher": {"polls": self.dispatcher.polls},
+        }
+
+
+def connect(
+    url: str = DEFAULT_URL,
+    *,
+    keyring: Keyring | None = None,
+    config: Config | None = None,
+    clock: Clock | None = None,
+) -> Pond:
+    """A pond on the store that ``url`` names; open it with ``async with``.
+
+    ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``memory://``. With a ``keyring`` everything is encrypted
+    before it reaches the store. Raises InvalidInput for a URL that cannot be right; opening raises StoreError."""
+    clock = clock or SystemClock()
+    store = open_store(url, clock)
+    if keyring is not None:
+        from millpond.stores.encrypted import EncryptedStore
+
+        store = EncryptedStore(store, keyring)
+    return Pond(store, clock=clock, config=config)

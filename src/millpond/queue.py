@@ -1,0 +1,313 @@
+"""`Queue`: one named queue of a pond, for producers, consumers and operators."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from millpond.errors import InvalidInput, MillpondError
+from millpond.message import Lease, Message, MessageView
+from millpond.model import names
+from millpond.model.message import DEFAULT_PRIORITY
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy
+from millpond.service.consuming import Delivery
+from millpond.service.dispatcher import Dispatcher
+from millpond.service.service import QueueService
+from millpond.stores.base import Box
+
+CHUNK = 500
+"""Messages of one `enqueue_many` written together: bounded memory for any iterable, and a shared commit."""
+
+
+class Receipt(NamedTuple):
+    """What an enqueue is answered with."""
+
+    message_id: str
+    duplicate: bool
+    """The message was there already (same dedup key or id); nothing was added."""
+
+
+class Answer(NamedTuple):
+    """What became of one message of a batch answer."""
+
+    message_id: str
+    error: MillpondError | None
+    """None when it went through."""
+
+
+class QueueCounts(NamedTuple):
+    """How a queue stands."""
+
+    ready: int
+    delayed: int
+    leased: int
+    blocked: int
+    """Waiting for an earlier message of their ordering key; not among the ready ones."""
+    dead: int
+    bytes: int
+    """Payload bytes of all live messages."""
+    oldest_age: float | None
+    """Seconds for which the longest-waiting ready message has been ready; None when there is none."""
+
+
+class DeadLetters:
+    """The dead letters of a queue."""
+
+    def __init__(self, service: QueueService, namespace: str, queue: str) -> None:
+        self._service = service
+        self._namespace = namespace
+        self._queue = queue
+
+    async def list(self, *, after: str | None = None, limit: int = 100) -> list[MessageView]:
+        """Dead letters in order of insertion, from after the one with id ``after``. Raises MessageNotFound."""
+        start = None
+        if after is not None:
+            start = (await self._service.dead_letter(self._namespace, self._queue, after)).item.key
+        page = await self._service.list_messages(
+            self._namespace, self._queue, after=start, limit=limit, box=Box.DEAD
+        )
+        return [MessageView(self._service, record) for record in page.records]
+
+    async def get(self, message_id: str) -> MessageView:
+        """One dead letter. Raises MessageNotFound."""
+        return MessageView(self._service, await self._service.dead_letter(self._namespace, self._queue, message_id))
+
+    async def payload(self, message_id: str) -> bytes:
+        """A dead letter's payload. Raises MessageNotFound."""
+        return await (await self.get(message_id)).payload()
+
+    async def redrive(self, ids: Sequence[str] | None = None) -> int:
+        """Back into the queue with a new budget: those with these ids, or all; how many. Raises MessageNotFound."""
+        return await self._service.redrive(self._namespace, self._queue, ids)
+
+    async def purge(self, ids: Sequence[str] | None = None) -> int:
+        """Remove for good: those with these ids, or all; how many. Raises MessageNotFound."""
+        return await self._service.purge_dead_letters(self._namespace, self._queue, ids)
+
+
+class Queue:
+    """A named queue. It needs no creating: it is there with its first message."""
+
+    def __init__(self, service: QueueService, dispatcher: Dispatcher, name: str, namespace: str | None) -> None:
+        self._service = service
+        self._dispatcher = dispatcher
+        self.name = names.queue_name(name)
+        self.namespace = names.namespace_name(namespace)
+        self.dead_letters = DeadLetters(service, self.namespace, self.name)
+
+    # Producers
+
+    async def enqueue(
+        self,
+        payload: Any,
+        *,
+        delay: float = 0.0,
+        ttl: float | None = None,
+        priority: int = DEFAULT_PRIORITY,
+        max_attempts: int | None = None,
+        visibility: float | None = None,
+        attributes: dict[str, Any] | None = None,
+        dedup_key: str | None = None,
+        dedup_window: float | None = None,
+        ordering_key: str | None = None,
+        content_type: str | None = None,
+        correlation_id: str | None = None,
+        message_id: str | None = None,
+    ) -> Receipt:
+        """Put a message into the queue; when this returns, it is stored for good.
+
+        ``payload``: bytes, `millpond.text`/`json`/`msgpack` of a value, a binary file, or an async iterator of bytes
+        (streamed in bounded memory). ``delay``, ``ttl``, ``visibility``, ``dedup_window``: seconds. ``priority``: 0-9,
+        higher first. ``max_attempts``: failures until it is a dead letter, 0 = never. ``dedup_key``: a second enqueue
+        within the window returns the first message. ``ordering_key``: messages of one key are delivered one at a time,
+        in order. None means the queue's policy, then the pond's default.
+
+        Raises InvalidInput and TooLarge before anything is written, StoreError."""
+        options = DEFAULT_OPTIONS
+        if (
+            delay
+            or ttl is not None
+            or priority != DEFAULT_PRIORITY
+            or max_attempts is not None
+            or visibility is not None
+            or attributes is not None
+            or dedup_key is not None
+            or dedup_window is not None
+            or ordering_key is not None
+            or content_type is not None
+            or correlation_id is not None
+            or message_id is not None
+        ):
+            options = EnqueueOptions(
+                delay=delay,
+                ttl=ttl,
+                priority=priority,
+                max_attempts=max_attempts,
+                visibility=visibility,
+                attributes=attributes,
+                dedup_key=dedup_key,
+                dedup_window=dedup_window,
+                ordering_key=ordering_key,
+                content_type=content_type,
+                correlation_id=correlation_id,
+                message_id=message_id,
+            )
+        done = await self._service.enqueue(self.namespace, self.name, payload, options)
+        return Receipt(done.message_id, done.duplicate)
+
+    async def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> list[Receipt]:
+        """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
+
+        ``payloads``: any iterable, also an async one, of what `enqueue` takes. ``options``: as for `enqueue`, the same
+        for all. If it raises part-way, the chunks before are stored."""
+        try:
+            parsed = EnqueueOptions(**options) if options else DEFAULT_OPTIONS
+        except TypeError as error:
+            raise InvalidInput(f"enqueue_many: {error}") from error
+        if isinstance(payloads, (bytes, bytearray, memoryview, str)):
+            raise InvalidInput("enqueue_many takes an iterable of payloads, not one payload")
+        receipts: list[Receipt] = []
+        chunk: list[Any] = []
+
+        async def flush() -> None:
+            done = await self._service.enqueue_many(self.namespace, self.name, chunk, parsed)
+            receipts.extend([Receipt(one.message_id, one.duplicate) for one in done])
+            chunk.clear()
+
+        if isinstance(payloads, AsyncIterable):
+            async for payload in payloads:
+                chunk.append(payload)
+                if len(chunk) >= CHUNK:
+                    await flush()
+        else:
+            for payload in payloads:
+                chunk.append(payload)
+                if len(chunk) >= CHUNK:
+                    await flush()
+        if chunk:
+            await flush()
+        return receipts
+
+    # Consumers
+
+    async def receive(
+        self,
+        count: int = 1,
+        *,
+        wait: float = 0.0,
+        visibility: float | None = None,
+        owner: str | None = None,
+    ) -> list[Message]:
+        """Lease up to ``count`` messages, in order of priority and due time; [] when none came within ``wait`` seconds.
+
+        Returns as soon as there is one. ``visibility``: seconds until the leases end, None for the messages' own.
+        ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
+        service = self._service
+        deliveries = await service.claim(self.namespace, self.name, count, visibility=visibility, owner=owner)
+        if not deliveries and wait > 0:
+            deliveries = await self._wait(count, wait, visibility, owner)
+        return [Message(service, delivery) for delivery in deliveries]
+
+    async def _wait(
+        self, count: int, wait: float, visibility: float | None, owner: str | None
+    ) -> list[Delivery]:
+        clock = self._service.clock
+        end = clock.monotonic() + wait
+        while (remaining := end - clock.monotonic()) > 0:
+            candidate = await self._dispatcher.wait(self.namespace, self.name, timeout=remaining)
+            if candidate is None:
+                break
+            deliveries = await self._service.claim(
+                self.namespace, self.name, count, visibility=visibility, owner=owner, candidates=(candidate,)
+            )
+            if deliveries:
+                return deliveries
+        return []
+
+    async def ack_many(self, messages: Sequence[Message]) -> list[Answer]:
+        """Ack each in shared commits; one that fails (LeaseLost) does not hinder the others and is in its answer."""
+        errors = await self._service.ack_many([message._delivery for message in messages])
+        return _answers(messages, errors)
+
+    async def nack_many(self, messages: Sequence[Message], *, error: Any = None, delay: float = 0.0) -> list[Answer]:
+        """Nack each in shared commits."""
+        deliveries = [message._delivery for message in messages]
+        return _answers(messages, await self._service.nack_many(deliveries, error=error, delay=delay))
+
+    async def defer_many(self, messages: Sequence[Message], *, delay: float = 0.0) -> list[Answer]:
+        """Give each back in shared commits, without a failure."""
+        deliveries = [message._delivery for message in messages]
+        return _answers(messages, await self._service.defer_many(deliveries, delay=delay))
+
+    async def extend_many(self, messages: Sequence[Message], seconds: float) -> list[Answer]:
+        """Extend each lease to ``seconds`` from now, in shared commits."""
+        deliveries = [message._delivery for message in messages]
+        return _answers(messages, await self._service.extend_many(deliveries, seconds))
+
+    def handle(self, message_id: str, lease_id: str, token: Any) -> Message:
+        """A message held by this lease, to be answered from here: for answers that arrive by another way than the
+        delivery (a command line, a web request). Nothing is read; a wrong lease shows in the answer."""
+        if not isinstance(token, int) or token < 1:
+            raise InvalidInput("a fencing token is a whole number greater than 0")
+        id = names.message_id(message_id)
+        return Message(self._service, Delivery(self.namespace, self.name, id, lease_id, token))
+
+    # Operators
+
+    async def counts(self) -> QueueCounts:
+        """How the queue stands now; costs the same however long it is."""
+        service = self._service
+        counts = await service.counts(self.namespace, self.name)
+        age = None if counts.oldest_due is None else max(0.0, (service.clock.now_ms() - counts.oldest_due) / 1000)
+        return QueueCounts(
+            counts.ready, counts.delayed, counts.leased, counts.blocked, counts.dead, counts.bytes, age
+        )
+
+    async def get(self, message_id: str) -> MessageView:
+        """Any message of the queue, live or dead. Raises MessageNotFound."""
+        return MessageView(self._service, await self._service.get_message(self.namespace, self.name, message_id))
+
+    async def peek(self, count: int = 1) -> list[MessageView]:
+        """The messages that would be handed out next, without taking them."""
+        records = await self._service.peek(self.namespace, self.name, count)
+        return [MessageView(self._service, record) for record in records]
+
+    async def next_due(self) -> float | None:
+        """Seconds until the earliest message that is not ready now comes due (a delay or a lease ends); None when there
+        is none."""
+        service = self._service
+        now = service.clock.now_ms()
+        page = await service.store.ready(self.namespace, self.name, now, limit=1)
+        return None if page.next_due is None else max(0.0, (page.next_due - now) / 1000)
+
+    async def purge(self) -> int:
+        """Remove every live message that no consumer holds; how many. Dead letters stay."""
+        return await self._service.purge(self.namespace, self.name)
+
+    async def pause(self) -> None:
+        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        await self._service.pause(self.namespace, self.name)
+
+    async def resume(self) -> None:
+        """Hand out again. Safe to repeat."""
+        await self._service.resume(self.namespace, self.name)
+
+    async def policy(self) -> QueuePolicy:
+        """The queue's policy."""
+        return await self._service.queue_policy(self.namespace, self.name)
+
+    async def set_policy(self, **fields: Any) -> QueuePolicy:
+        """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
+
+        Raises InvalidInput for unknown fields and values out of range."""
+        return await self._service.set_policy(self.namespace, self.name, **fields)
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.namespace}/{self.name}>"
+
+
+def _answers(messages: Sequence[Message], errors: Sequence[MillpondError | None]) -> list[Answer]:
+    return [Answer(message.id, error) for message, error in zip(messages, errors, strict=True)]
+
+
+__all__ = ["Answer", "DeadLetters", "Lease", "Queue", "QueueCounts", "Receipt"]

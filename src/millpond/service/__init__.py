@@ -1,0 +1,1 @@
+"""What a message may do next: all policy, over any store."""

@@ -1,0 +1,549 @@
+"""Claim and answer: how messages leave the queue for a consumer, and how consumers settle them.
+
+Invariants: a delivery is one conditional write that holds attempts, visibility, lease and fencing token together; every
+answer carries lease id and token and is judged by the life cycle against the record as it is, so that a stale one
+changes nothing; and an answer that only lost to the holder's own other write (an extension under way) is judged again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from millpond import lifecycle
+from millpond.errors import (
+    InvalidInput,
+    LeaseLost,
+    MessageNotFound,
+    MillpondError,
+    StoreError,
+    TooLarge,
+)
+from millpond.model.message import Lease, Status
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
+from millpond.service.core import ATTEMPTS, QueueKey
+from millpond.service.producing import Enqueued, Producing
+from millpond.service.ready import ReadyCache, Record
+from millpond.stores.base import Conflict, DropState, Op, Outcome, Remove, Removed, Updated
+
+log = logging.getLogger("millpond.service")
+
+HAND_OUT_LIMIT = 30_000
+"""Milliseconds for which a candidate counts as being handed out; a taker that vanished blocks it no longer."""
+
+
+class Delivery:
+    """One delivery of a message, and the right to answer for it."""
+
+    __slots__ = ("id", "lease_id", "namespace", "payload", "queue", "record", "token")
+
+    def __init__(
+        self,
+        namespace: str,
+        queue: str,
+        id: str,
+        lease_id: str,
+        token: int,
+        record: Record | None = None,
+        payload: bytes | None = None,
+    ) -> None:
+        self.namespace = namespace
+        self.queue = queue
+        self.id = id
+        self.lease_id = lease_id
+        self.token = token
+        self.record = record
+        """As last seen or written by this holder; None when it has to be read first."""
+        self.payload = payload
+        """The inline payload; None when it is stored apart or was not loaded."""
+
+
+class HandOff(NamedTuple):
+    """A message to enqueue in the same step as an ack."""
+
+    namespace: str | None
+    queue: str
+    source: Any
+    options: EnqueueOptions = DEFAULT_OPTIONS
+
+
+class Plan(NamedTuple):
+    """A write that an answer asks for, and what to do once it went through."""
+
+    op: Op
+    done: Callable[[Outcome], None]
+
+
+class Consuming(Producing):
+    """The consumers' half of the service."""
+
+    # Hand-out
+
+    async def claim(
+        self,
+        namespace: str | None,
+        queue: str,
+        limit: int = 1,
+        *,
+        visibility: float | None = None,
+        owner: str | None = None,
+        txn_id: str | None = None,
+        candidates: Sequence[Record] = (),
+    ) -> list[Delivery]:
+        """Lease up to ``limit`` ready messages, in order of priority and due time; [] when none is ready.
+
+        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``visibility`` in seconds overrides the
+        messages' own for these deliveries. Messages whose time or budget is over are settled on the way. Raises
+        InvalidQueue, InvalidInput, StoreError; a claim that is cancelled gives back what it had leased.
+        """
+        key = self.key(namespace, queue)
+        wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
+        if limit < 1:
+            raise InvalidInput("a claim is for at least one message")
+        cache = self.cache(key)
+        defaults = self.defaults_at_hand(key)
+        try:
+            if defaults is None:
+                defaults = await self.defaults(key)
+            policy = defaults.policy
+            if policy.paused:
+                self.give_back(candidates)
+                return []
+        except BaseException:
+            self.give_back(candidates)
+            raise
+        waiting = list(reversed(candidates))
+        deliveries: list[Delivery] = []
+        while len(deliveries) < limit:
+            taken: list[Record] = []
+            try:
+                now = self.clock.now_ms()
+                if not waiting and cache.wants_refill(now, self.clock.monotonic()):
+                    await self.refill(key)
+                taken = self._take(cache, waiting, limit - len(deliveries), now)
+                if not taken:
+                    break
+                lost = await self._lease(cache, taken, policy, wish, owner, txn_id, deliveries)
+            except StoreError:
+                self.give_back(taken)
+                self.give_back(waiting)
+                if deliveries:
+                    # What was leased is the caller's; the store's trouble will meet the next call.
+                    return deliveries
+                raise
+            if lost:
+                cache.lost_race()
+            else:
+                cache.won_race()
+                if not cache.more and not len(cache) and not waiting and len(taken) == len(deliveries):
+                    break
+        self.give_back(waiting)
+        return deliveries
+
+    def _take(self, cache: ReadyCache, waiting: list[Record], count: int, now: int) -> list[Record]:
+        taken: list[Record] = []
+        until = now + HAND_OUT_LIMIT
+        while len(taken) < count:
+            if waiting:
+                taken.append(waiting.pop())
+                continue
+            record = cache.pop_spread(until, self.ids.below(cache.spread)) if cache.spread else cache.pop(until)
+            if record is None:
+                break
+            taken.append(record)
+        return taken
+
+    async def _lease(
+        self,
+        cache: ReadyCache,
+        taken: list[Record],
+        policy: QueuePolicy,
+        visibility: int | None,
+        owner: str | None,
+        txn_id: str | None,
+        deliveries: list[Delivery],
+    ) -> int:
+        """Write what the life cycle says of each; append the deliveries; how many races were lost."""
+        now = self.clock.now_ms()
+        ops: list[Op] = []
+        plans: list[tuple[Record, lifecycle.Verdict]] = []
+        bury_exhausted = policy.on_exhausted == "dead_letter"
+        bury_expired = policy.on_expired == "dead_letter"
+        for record in taken:
+            verdict = lifecycle.deliver(
+                record.head,
+                record.status,
+                now,
+                visibility=visibility,
+                lease_id=self.ids.lease_id(),
+                owner=owner,
+                txn_id=txn_id,
+                bury_exhausted=bury_exhausted,
+                bury_expired=bury_expired,
+            )
+            if isinstance(verdict, lifecycle.Deliver):
+                ops.append(self.update(record, verdict.status, want_payload=record.payload is None))
+            elif isinstance(verdict, lifecycle.Wait):
+                cache.settle(record.item.id)
+                cache.arm(verdict.due)
+                continue
+            elif isinstance(verdict, lifecycle.Bury):
+                ops.append(self.update(record, verdict.status))
+            else:
+                ops.append(Remove(record.item, record.mark))
+            plans.append((record, verdict))
+        if not ops:
+            return 0
+        try:
+            outcomes = await self.store.write(ops)
+        except asyncio.CancelledError:
+            self.spawn(asyncio.create_task(self._undo_claims(plans)))
+            raise
+        lost = 0
+        for (record, verdict), outcome in zip(plans, outcomes, strict=True):
+            item = record.item
+            cache.settle(item.id)
+            if outcome.__class__ is Conflict:
+                lost += 1
+            elif isinstance(verdict, lifecycle.Deliver):
+                assert isinstance(outcome, Updated)
+                status = verdict.status
+                assert status.lease is not None
+                cache.arm(status.visible_at)
+                self.on_due(item.namespace, item.queue, status.visible_at)
+                payload = record.payload if record.payload is not None else outcome.payload
+                leased = Record(item, outcome.mark, record.head, status)
+                deliveries.append(
+                    Delivery(
+                        item.namespace,
+                        item.queue,
+                        item.id,
+                        status.lease.id,
+                        status.lease.token,
+                        leased,
+                        None if item.external else payload,
+                    )
+                )
+            else:
+                self.gone(item)
+                self._log_end(record, verdict)
+        return lost
+
+    def _log_end(self, record: Record, verdict: lifecycle.Verdict) -> None:
+        item = record.item
+        extra = {"namespace": item.namespace, "queue": item.queue, "message_id": item.id}
+        if isinstance(verdict, lifecycle.Bury):
+            dead = verdict.status.dead
+            extra |= {"reason": dead.reason if dead else ""}
+            log.warning("millpond.message.dead_lettered", extra=extra)
+        elif isinstance(verdict, lifecycle.Discard):
+            log.info("millpond.message.discarded", extra=extra | {"reason": verdict.reason})
+
+    async def _undo_claims(self, plans: list[tuple[Record, lifecycle.Verdict]]) -> None:
+        """A claim was cancelled while its write was under way: what it leased goes back at once, without a failure."""
+        for record, verdict in plans:
+            cache = self.cached(record.item)
+            if cache is not None:
+                cache.settle(record.item.id)
+                cache.dirty = True
+            if not isinstance(verdict, lifecycle.Deliver):
+                continue
+            lease = verdict.status.lease
+            assert lease is not None
+            item = record.item
+            try:
+                # Writes are applied in the order in which they were asked for, so this one, which never applies, says
+                # that the claim's is decided.
+                await self.store.write((DropState(item, record.mark, "-"),))
+                await self.defer(Delivery(item.namespace, item.queue, item.id, lease.id, lease.token))
+            except LeaseLost:
+                continue  # The claim had not gone through, or somebody has taken the message since.
+            except MillpondError as error:
+                log.warning(
+                    "millpond.claim.not_given_back",
+                    extra={"queue": item.queue, "message_id": item.id, "reason": str(error)},
+                )
+
+    def give_back(self, candidates: Sequence[Record]) -> None:
+        """Candidates that will not be claimed are at hand again for the next taker."""
+        for record in candidates:
+            cache = self.cached(record.item)
+            if cache is not None and cache.is_inflight(record.item.id):
+                cache.give_back(record)
+                self.stats.inflight_clears += 1
+
+    # Answers
+
+    async def _answer(self, delivery: Delivery, decide: Callable[[Record | None], Plan]) -> None:
+        """Judge and write until the write meets the record that it was judged by."""
+        for _ in range(ATTEMPTS):
+            record = delivery.record
+            if record is None:
+                record = await self.load(delivery.namespace, delivery.queue, delivery.id)
+            plan = decide(record)
+            outcomes = await self.store.write((plan.op,))
+            if outcomes[0].__class__ is not Conflict:
+                plan.done(outcomes[0])
+                return
+            delivery.record = None
+        raise StoreError(f"message {delivery.id} keeps changing under this answer; try again")
+
+    async def _answer_many(
+        self, deliveries: Sequence[Delivery], decide: Callable[[Delivery, Record | None], Plan]
+    ) -> list[MillpondError | None]:
+        """As `_answer` for each, in shared writes; what failed is returned in its place."""
+        results: list[MillpondError | None] = [None] * len(deliveries)
+        open_ = list(range(len(deliveries)))
+        for _ in range(ATTEMPTS):
+            plans: list[tuple[int, Plan]] = []
+            for index in open_:
+                delivery = deliveries[index]
+                try:
+                    record = delivery.record
+                    if record is None:
+                        record = await self.load(delivery.namespace, delivery.queue, delivery.id)
+                    plans.append((index, decide(delivery, record)))
+                except MillpondError as error:
+                    results[index] = error
+            if not plans:
+                return results
+            outcomes = await self.store.write([plan.op for _, plan in plans])
+            open_ = []
+            for (index, plan), outcome in zip(plans, outcomes, strict=True):
+                if outcome.__class__ is Conflict:
+                    deliveries[index].record = None
+                    open_.append(index)
+                else:
+                    plan.done(outcome)
+            if not open_:
+                return results
+        for index in open_:
+            results[index] = StoreError(f"message {deliveries[index].id} keeps changing under this answer; try again")
+        return results
+
+    def _ack_plan(self, delivery: Delivery, record: Record | None) -> Plan:
+        lifecycle.ack(None if record is None else record.status, delivery.lease_id, delivery.token)
+        assert record is not None
+
+        def done(outcome: Outcome) -> None:
+            delivery.record = None
+            self.gone(record.item)
+
+        return Plan(Remove(record.item, record.mark), done)
+
+    async def ack(self, delivery: Delivery, then: Sequence[HandOff] = ()) -> list[Enqueued]:
+        """The message is done: record, payload and state go in one step; with ``then``, those messages are enqueued in
+        the same step. Raises LeaseLost (nothing changed), and what enqueue raises."""
+        if then:
+            return await self._hand_off(delivery, then)
+        record = delivery.record
+        if record is not None:
+            # The common case without the detours: the record is as this holder last saw it.
+            lifecycle.ack(record.status, delivery.lease_id, delivery.token)
+            outcomes = await self.store.write((Remove(record.item, record.mark),))
+            delivery.record = None
+            if outcomes[0].__class__ is not Conflict:
+                self.gone(record.item)
+                return []
+        await self._answer(delivery, lambda record: self._ack_plan(delivery, record))
+        return []
+
+    async def ack_many(self, deliveries: Sequence[Delivery]) -> list[MillpondError | None]:
+        """Ack each on its own, in shared writes; what was refused is in the delivery's place."""
+        return await self._answer_many(deliveries, self._ack_plan)
+
+    async def _hand_off(self, delivery: Delivery, then: Sequence[HandOff]) -> list[Enqueued]:
+        if not self.store.capabilities.atomic_groups:
+            raise StoreError("this store cannot ack and enqueue in one step")
+        drafts = []
+        for hand_off in then:
+            key = self.key(hand_off.namespace, hand_off.queue)
+            drafts.append(await self._draft(key, await self.defaults(key), hand_off.source, hand_off.options))
+        duplicates: dict[int, Outcome] = {}
+        for _ in range(ATTEMPTS):
+            record = delivery.record
+            if record is None:
+                record = await self.load(delivery.namespace, delivery.queue, delivery.id)
+            plan = self._ack_plan(delivery, record)
+            indexes = [index for index in range(len(drafts)) if index not in duplicates]
+            outcomes = await self.store.commit([plan.op, *(drafts[index].op for index in indexes)])
+            if isinstance(outcomes[0], Removed):
+                plan.done(outcomes[0])
+                results = dict(zip(indexes, outcomes[1:], strict=True)) | duplicates
+                return [self._enqueued(draft, results[index]) for index, draft in enumerate(drafts)]
+            for index, outcome in zip(indexes, outcomes[1:], strict=True):
+                # A message that is there already needs no second enqueue; the others and the ack are tried again.
+                if isinstance(outcome, Conflict) and outcome.cause.value in ("unique", "exists"):
+                    duplicates[index] = outcome
+            delivery.record = None
+        raise StoreError(f"message {delivery.id} keeps changing under this hand-off; try again")
+
+    def _changed_plan(self, delivery: Delivery, record: Record, status: Status) -> Plan:
+        def done(outcome: Outcome) -> None:
+            assert isinstance(outcome, Updated)
+            after = Record(record.item, outcome.mark, record.head, status, delivery.payload)
+            if status.lease is not None:
+                delivery.record = after
+                self.on_due(record.item.namespace, record.item.queue, status.visible_at)
+            else:
+                delivery.record = None
+                if status.dead is None:
+                    self.changed(after)
+                else:
+                    self.gone(record.item)
+                    self._log_end(record, lifecycle.Bury(status))
+
+        return Plan(self.update(record, status), done)
+
+    def error_value(self, error: Any) -> Any:
+        """A consumer's error as it is kept: an exception by type and text. Raises InvalidInput, TooLarge."""
+        if error is None:
+            return None
+        if isinstance(error, BaseException):
+            error = f"{type(error).__name__}: {error}"
+        limit = self.config.max_error_bytes
+        try:
+            size = len(msgspec.msgpack.encode(error))
+        except (TypeError, ValueError, OverflowError, RecursionError) as cause:
+            raise InvalidInput(f"the error cannot be encoded: {cause}") from cause
+        if size > limit:
+            raise TooLarge(f"the error takes {size} bytes, more than the limit of {limit}; shorten it")
+        return error
+
+    def _nack_plan(
+        self, delivery: Delivery, record: Record | None, delay: int, error: Any, policy: QueuePolicy
+    ) -> Plan:
+        if record is None:
+            lifecycle.check_lease(None, delivery.lease_id, delivery.token)
+            raise AssertionError("unreachable: a message that is gone has no lease")
+        result = lifecycle.nack(
+            record.head,
+            record.status,
+            self.clock.now_ms(),
+            delivery.lease_id,
+            delivery.token,
+            delay=delay,
+            error=error,
+            bury_exhausted=policy.on_exhausted == "dead_letter",
+        )
+        if isinstance(result, lifecycle.Discard):
+            discard = result
+
+            def done(outcome: Outcome) -> None:
+                delivery.record = None
+                self.gone(record.item)
+                self._log_end(record, discard)
+
+            return Plan(Remove(record.item, record.mark), done)
+        return self._changed_plan(delivery, record, result.status if isinstance(result, lifecycle.Bury) else result)
+
+    async def nack(self, delivery: Delivery, *, delay: float = 0.0, error: Any = None) -> None:
+        """The consumer failed: a failure is counted, and the message returns after ``delay`` seconds, or becomes a dead
+        letter at once if its budget is spent. Raises LeaseLost, InvalidInput, TooLarge."""
+        wait, kept = milliseconds(delay, "delay"), self.error_value(error)
+        policy = await self.policy((delivery.namespace, delivery.queue))
+        await self._answer(delivery, lambda record: self._nack_plan(delivery, record, wait, kept, policy))
+
+    async def nack_many(
+        self, deliveries: Sequence[Delivery], *, delay: float = 0.0, error: Any = None
+    ) -> list[MillpondError | None]:
+        """Nack each on its own, in shared writes."""
+        wait, kept = milliseconds(delay, "delay"), self.error_value(error)
+        policies: dict[QueueKey, QueuePolicy] = {}
+        for delivery in deliveries:
+            key = (delivery.namespace, delivery.queue)
+            if key not in policies:
+                policies[key] = await self.policy(key)
+        return await self._answer_many(
+            deliveries,
+            lambda delivery, record: self._nack_plan(
+                delivery, record, wait, kept, policies[delivery.namespace, delivery.queue]
+            ),
+        )
+
+    def _defer_plan(self, delivery: Delivery, record: Record | None, delay: int) -> Plan:
+        status = lifecycle.defer(
+            None if record is None else record.status,
+            self.clock.now_ms(),
+            delivery.lease_id,
+            delivery.token,
+            delay=delay,
+        )
+        assert record is not None
+        return self._changed_plan(delivery, record, status)
+
+    async def defer(self, delivery: Delivery, *, delay: float = 0.0) -> None:
+        """Give the message back without a failure, visible after ``delay`` seconds. Raises LeaseLost, InvalidInput."""
+        wait = milliseconds(delay, "delay")
+        await self._answer(delivery, lambda record: self._defer_plan(delivery, record, wait))
+
+    async def defer_many(self, deliveries: Sequence[Delivery], *, delay: float = 0.0) -> list[MillpondError | None]:
+        """Defer each on its own, in shared writes."""
+        wait = milliseconds(delay, "delay")
+        return await self._answer_many(
+            deliveries, lambda delivery, record: self._defer_plan(delivery, record, wait)
+        )
+
+    def _extend_plan(self, delivery: Delivery, record: Record | None, extension: int) -> Plan:
+        status = lifecycle.extend(
+            None if record is None else record.status,
+            self.clock.now_ms(),
+            delivery.lease_id,
+            delivery.token,
+            extension=extension,
+        )
+        assert record is not None
+        return self._changed_plan(delivery, record, status)
+
+    async def extend(self, delivery: Delivery, seconds: float) -> Lease:
+        """The lease now ends ``seconds`` (> 0) from now; its new form. Raises LeaseLost, InvalidInput."""
+        extension = milliseconds(seconds, "an extension", positive=True)
+        await self._answer(delivery, lambda record: self._extend_plan(delivery, record, extension))
+        record = delivery.record
+        if record is None or record.status.lease is None:
+            raise LeaseLost("the message was settled while its lease was being extended")
+        return record.status.lease
+
+    async def extend_many(self, deliveries: Sequence[Delivery], seconds: float) -> list[MillpondError | None]:
+        """Extend each on its own, in shared writes."""
+        extension = milliseconds(seconds, "an extension", positive=True)
+        return await self._answer_many(
+            deliveries, lambda delivery, record: self._extend_plan(delivery, record, extension)
+        )
+
+    async def bury(self, delivery: Delivery, reason: str, *, error: Any = None) -> None:
+        """The holder gives the message up for good: a dead letter with this reason. Raises LeaseLost, TooLarge."""
+        reason = str(self.error_value(reason))
+        kept = self.error_value(error)
+
+        def decide(record: Record | None) -> Plan:
+            lifecycle.check_lease(
+                None if record is None else record.status, delivery.lease_id, delivery.token
+            )
+            assert record is not None
+            status = lifecycle.bury(record.status, self.clock.now_ms(), reason, error=kept)
+            return self._changed_plan(delivery, record, status)
+
+        await self._answer(delivery, decide)
+
+    # Payloads
+
+    def payload_chunks(self, record: Record) -> AsyncIterator[bytes]:
+        """The payload in chunks, wherever it is stored. Raises MessageNotFound, StoreCorrupt while reading."""
+        return self._payload_chunks(record)
+
+    async def _payload_chunks(self, record: Record) -> AsyncIterator[bytes]:
+        if record.item.external:
+            async for chunk in self.store.read_blob(record.item):
+                yield chunk
+            return
+        data = record.payload
+        if data is None:
+            data = await self.store.payload(record.item)
+        if data is None:
+            raise MessageNotFound(f"message {record.item.id} is gone")
+        yield data

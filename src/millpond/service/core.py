@@ -1,0 +1,292 @@
+"""The ground that the service's parts stand on: records in and out of the store, policies, ready caches.
+
+No decision about a message is made here; those are the life cycle's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+
+import msgspec
+
+from millpond.errors import MillpondError, StateConflict
+from millpond.model import codec, names
+from millpond.model.clock import Clock
+from millpond.model.ids import IdSource
+from millpond.model.message import Status
+from millpond.service.config import Config, QueuePolicy, decode_policy, encode_policy, milliseconds
+from millpond.service.ready import ReadyCache, ReadyCacheStats, Record
+from millpond.stores.base import (
+    Box,
+    Conflict,
+    DocumentWritten,
+    Item,
+    PutDocument,
+    Store,
+    Stored,
+    Update,
+)
+
+log = logging.getLogger("millpond.service")
+
+MAX_QUEUES = 10_000
+"""Ready caches and policies kept at once; the least recently used go first, and cost one read to come back."""
+ATTEMPTS = 64
+"""How often a write that keeps losing to other writers is decided anew before the caller is told."""
+
+_LIVE, _DEAD = Box.LIVE, Box.DEAD  # Looking a member up in its class is slow (Python 3.11).
+
+QueueKey = tuple[str, str]
+
+
+class Defaults(msgspec.Struct, frozen=True):
+    """What a message of a queue gets when its producer asks for nothing, in milliseconds; made once per policy read."""
+
+    policy: QueuePolicy
+    visibility: int
+    ttl: int | None
+    max_attempts: int
+    dedup_window: int
+
+
+class _Policy(msgspec.Struct):
+    defaults: Defaults
+    etag: str | None
+    read_at: float
+
+
+class Core:
+    """Shared by the service's parts; see `QueueService`."""
+
+    def __init__(self, store: Store, clock: Clock, ids: IdSource, config: Config) -> None:
+        self.store = store
+        self.clock = clock
+        self.ids = ids
+        self.config = config
+        self.stats = ReadyCacheStats()
+        self.inline_limit = min(store.capabilities.inline_limit, config.max_payload_bytes)
+        """Payloads up to this many bytes are part of the record."""
+        self.on_ready: Callable[[str, str], object] = lambda namespace, queue: None
+        """Told when something may have become ready in a queue (the dispatcher's notify)."""
+        self.on_due: Callable[[str, str, int], object] = lambda namespace, queue, due: None
+        """Told when something will become ready at a time (ms UTC)."""
+        self._caches: OrderedDict[QueueKey, ReadyCache] = OrderedDict()
+        self._policies: OrderedDict[QueueKey, _Policy] = OrderedDict()
+        self._refills: dict[QueueKey, asyncio.Future[None]] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    # Records
+
+    def record(self, stored: Stored) -> Record:
+        """Decode a stored record. Raises StoreCorrupt, StoreMismatch."""
+        item = stored.item
+        name = f"{item.id} in {item.namespace}/{item.queue}"
+        head = codec.decode_head(stored.head, name)
+        return Record(item, stored.mark, head, codec.decode_status(stored.status, name), stored.payload)
+
+    async def load(self, namespace: str, queue: str, id: str) -> Record | None:
+        """The record as it is in the store now."""
+        stored = await self.store.get(namespace, queue, id)
+        return None if stored is None else self.record(stored)
+
+    @staticmethod
+    def update(record: Record, status: Status, *, want_payload: bool = False) -> Update:
+        """The write that takes the record to ``status``."""
+        return Update(
+            record.item,
+            record.mark,
+            status.visible_at,
+            status.lease is not None,
+            status.expires_at,
+            _LIVE if status.dead is None else _DEAD,
+            codec.encode(status),
+            want_payload,
+        )
+
+    # Ready caches
+
+    def cache(self, key: QueueKey) -> ReadyCache:
+        """The queue's ready cache, made on first need."""
+        cache = self._caches.get(key)
+        if cache is None:
+            while len(self._caches) >= MAX_QUEUES:
+                self._caches.popitem(last=False)
+            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size)
+        else:
+            self._caches.move_to_end(key)
+        return cache
+
+    def cached(self, item: Item) -> ReadyCache | None:
+        """The ready cache of the message's queue, if there is one."""
+        return self._caches.get((item.namespace, item.queue))
+
+    def changed(self, record: Record, *, inserted: bool = False) -> None:
+        """This process has just written ``record`` as not held: it can be handed out now or later."""
+        item = record.item
+        now = self.clock.now_ms()
+        cache = self._caches.get((item.namespace, item.queue))
+        if cache is not None:
+            cache.offer(record, now, inserted=inserted)
+        if record.mark.due > now:
+            self.on_due(item.namespace, item.queue, record.mark.due)
+        else:
+            self.on_ready(item.namespace, item.queue)
+
+    def gone(self, item: Item) -> None:
+        """The message left the queue; the next of its group may go now."""
+        cache = self._caches.get((item.namespace, item.queue))
+        if cache is not None:
+            cache.forget(item.id)
+            if item.group is not None:
+                cache.dirty = True
+        if item.group is not None:
+            self.on_ready(item.namespace, item.queue)
+
+    def foreign_change(self, namespace: str, queue: str) -> None:
+        """Somebody else changed the queue."""
+        cache = self._caches.get((namespace, queue))
+        if cache is not None:
+            cache.dirty = True
+        self._policies.pop((namespace, queue), None)
+
+    async def refill(self, key: QueueKey) -> None:
+        """Ask the store what is ready. Callers at the same time share one read, and its error."""
+        under_way = self._refills.get(key)
+        if under_way is not None:
+            started = self.clock.monotonic()
+            self.stats.refresh_waits += 1
+            try:
+                await asyncio.shield(under_way)
+            finally:
+                self.stats.refresh_wait_nanos += int((self.clock.monotonic() - started) * 1e9)
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._refills[key] = future
+        try:
+            await self._refill(key)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                future.set_exception(error)
+                future.exception()  # Followers get it; without followers it is the leader's alone.
+            else:
+                future.set_result(None)
+            raise
+        else:
+            future.set_result(None)
+        finally:
+            del self._refills[key]
+
+    async def _refill(self, key: QueueKey) -> None:
+        cache = self.cache(key)
+        now = self.clock.now_ms()
+        started = self.clock.monotonic()
+        stats = self.stats
+        stats.inflight_clears += cache.release_overdue(now)
+        if len(cache):
+            stats.cursor_resets += 1
+        limit = min(self.config.ready_page_size, cache.capacity) + cache.inflight + len(cache.bad)
+        # Cleared before the read: a change that arrives while it runs asks for another one.
+        cache.dirty = False
+        try:
+            page = await self.store.ready(*key, now, limit=limit)
+        except BaseException:
+            cache.dirty = True
+            raise
+        listed = self.clock.monotonic()
+        changed_meanwhile = cache.dirty
+        records: list[Record] = []
+        for stored in page.records:
+            id = stored.item.id
+            if cache.is_inflight(id):
+                stats.inflight_skips += 1
+                continue
+            try:
+                records.append(self.record(stored))
+            except MillpondError as error:
+                # One record that cannot be read must not keep the others from being delivered.
+                if id not in cache.bad:
+                    cache.bad.add(id)
+                    log.error(
+                        "millpond.record.unreadable",
+                        extra={"namespace": key[0], "queue": key[1], "message_id": id, "reason": str(error)},
+                    )
+        finished = self.clock.monotonic()
+        stats.list_scans += 1
+        stats.list_objects += len(page.records)
+        stats.list_nanos += int((listed - started) * 1e9)
+        stats.load_count += len(records)
+        stats.load_nanos += int((finished - listed) * 1e9)
+        seen = max((stored.item.key for stored in page.records), default=0)
+        cache.fill(records, more=page.more, next_due=page.next_due, monotonic=finished, seen=seen)
+        cache.dirty = changed_meanwhile
+
+    # Policies
+
+    def defaults_at_hand(self, key: QueueKey) -> Defaults | None:
+        """The queue's policy and defaults if this process has a fresh copy."""
+        entry = self._policies.get(key)
+        if entry is None or self.clock.monotonic() - entry.read_at >= self.config.policy_max_age:
+            return None
+        return entry.defaults
+
+    async def defaults(self, key: QueueKey) -> Defaults:
+        """The queue's policy and defaults, at most ``policy_max_age`` old. Raises StoreCorrupt."""
+        return self.defaults_at_hand(key) or (await self._read_policy(key)).defaults
+
+    async def policy(self, key: QueueKey, *, fresh: bool = False) -> QueuePolicy:
+        """The queue's policy, at most ``policy_max_age`` old unless ``fresh``. Raises StoreCorrupt."""
+        if not fresh:
+            return (await self.defaults(key)).policy
+        return (await self._read_policy(key)).defaults.policy
+
+    async def _read_policy(self, key: QueueKey) -> _Policy:
+        document = await self.store.document(*key)
+        if document is None:
+            return self._remember_policy(key, QueuePolicy(), None)
+        return self._remember_policy(key, decode_policy(document.data, "/".join(key)), document.etag)
+
+    def _remember_policy(self, key: QueueKey, policy: QueuePolicy, etag: str | None) -> _Policy:
+        config = self.config
+        ttl = policy.ttl if policy.ttl is not None else config.default_ttl
+        defaults = Defaults(
+            policy,
+            milliseconds(policy.default_visibility or config.default_visibility, "default_visibility", positive=True),
+            None if ttl is None else milliseconds(ttl, "ttl", positive=True),
+            policy.max_attempts if policy.max_attempts is not None else config.default_max_attempts,
+            milliseconds(policy.dedup_window or config.default_dedup_window, "dedup_window", positive=True),
+        )
+        while len(self._policies) >= MAX_QUEUES:
+            self._policies.popitem(last=False)
+        entry = self._policies[key] = _Policy(defaults, etag, self.clock.monotonic())
+        return entry
+
+    async def change_policy(self, key: QueueKey, change: Callable[[QueuePolicy], QueuePolicy]) -> QueuePolicy:
+        """Read, change and write the queue's policy; decided anew when somebody else writes in between."""
+        for _ in range(ATTEMPTS):
+            entry = await self._read_policy(key)
+            policy = change(entry.defaults.policy)
+            [outcome] = await self.store.write([PutDocument(*key, entry.etag, encode_policy(policy))])
+            if isinstance(outcome, DocumentWritten):
+                self._remember_policy(key, policy, outcome.etag)
+                self.on_ready(*key)
+                return policy
+            assert isinstance(outcome, Conflict)
+        raise StateConflict(f"the policy of queue {'/'.join(key)} keeps being changed by others; try again")
+
+    # Background work
+
+    def spawn(self, task: asyncio.Task[None]) -> None:
+        """Keep a background task alive until it ends."""
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    @staticmethod
+    def key(namespace: str | None, queue: str) -> QueueKey:
+        """Normalised names. Raises InvalidQueue."""
+        try:
+            return names.queue_key(namespace, queue)
+        except TypeError:  # Not hashable, so no text: say so as for any other wrong type.
+            return names.namespace_name(namespace), names.queue_name(queue)

@@ -1,0 +1,208 @@
+"""Enqueue: options checked and made into a record, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from millpond import lifecycle
+from millpond.errors import InvalidInput, StoreError, TooLarge
+from millpond.model import codec, names
+from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, PRIORITIES, Head, Status
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, milliseconds
+from millpond.service.core import Core, Defaults, QueueKey
+from millpond.service.payloads import Payload, Streamed, prepare
+from millpond.service.ready import Record
+from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Unique
+
+MAX_KEY_BYTES = 512
+"""For dedup and ordering keys, content types and correlation ids: they stand in indexes and headers."""
+
+
+class Enqueued(NamedTuple):
+    """What became of one enqueue."""
+
+    message_id: str
+    """The message's id: the new one's, or that of the first message with this dedup key or id."""
+    duplicate: bool
+    """Nothing was added: the message was there already."""
+    record: Record | None
+    """The record as written; None for a duplicate."""
+
+
+class _Draft(NamedTuple):
+    op: Insert
+    head: Head
+    status: Status
+    payload: bytes | None
+
+
+def _short_text(value: Any, what: str) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise InvalidInput(f"{what} must be text that is not empty, or None")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{what} is not valid Unicode text") from error
+    if size > MAX_KEY_BYTES:
+        raise TooLarge(f"{what} is longer than {MAX_KEY_BYTES} bytes; nothing was enqueued")
+    return value
+
+
+class Producing(Core):
+    """The producers' half of the service."""
+
+    async def enqueue(
+        self, namespace: str | None, queue: str, source: Any, options: EnqueueOptions = DEFAULT_OPTIONS
+    ) -> Enqueued:
+        """Put a message into the queue; when this returns it is in the store for good.
+
+        ``source``: see `millpond.service.payloads`. Raises InvalidQueue, InvalidInput, TooLarge (nothing written),
+        StoreError. Not idempotent unless ``dedup_key`` or ``message_id`` is given.
+        """
+        key = self.key(namespace, queue)
+        defaults = self.defaults_at_hand(key) or await self.defaults(key)
+        if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
+            draft = self._build(key, defaults, source, len(source), False, options, None)
+        else:
+            draft = await self._draft(key, defaults, source, options)
+        outcomes = await self.store.write((draft.op,))
+        return self._enqueued(draft, outcomes[0])
+
+    async def enqueue_many(
+        self, namespace: str | None, queue: str, sources: Sequence[Any], options: EnqueueOptions = DEFAULT_OPTIONS
+    ) -> list[Enqueued]:
+        """Put messages into the queue in one write, in order; all with the same options."""
+        key = self.key(namespace, queue)
+        defaults = self.defaults_at_hand(key) or await self.defaults(key)
+        limit = self.inline_limit
+        drafts = [
+            self._build(key, defaults, source, len(source), False, options, None)
+            if source.__class__ is bytes and len(source) <= limit
+            else await self._draft(key, defaults, source, options)
+            for source in sources
+        ]
+        outcomes = await self.store.write([draft.op for draft in drafts])
+        return [self._enqueued(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
+
+    async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
+        if source.__class__ is Payload:
+            if options.content_type is None:
+                options = msgspec.structs.replace(options, content_type=source.content_type)
+            source = source.data
+        if source.__class__ is bytes and len(source) <= self.inline_limit:
+            return self._build(key, defaults, source, len(source), False, options, None)
+        # Everything about the options that can be wrong is found before a byte of the payload is stored.
+        self._build(key, defaults, b"", 0, False, options, None)
+        prepared = await prepare(source, inline_limit=self.inline_limit, limit=self.config.max_payload_bytes)
+        if not isinstance(prepared, Streamed):
+            return self._build(key, defaults, prepared.data, len(prepared.data), False, options, None)
+        id = self.ids.message_id() if options.message_id is None else names.message_id(options.message_id)
+        if options.message_id is not None and await self.store.get(*key, id) is not None:
+            # The first enqueue with this id is in, payload and all: its blob must not be touched.
+            return self._build(key, defaults, b"", 0, False, options, id)
+        blob = await self.store.write_blob(*key, id, prepared.chunks, self.clock.now_ms())
+        return self._build(key, defaults, b"", blob.size, True, options, id)
+
+    def _build(
+        self,
+        key: QueueKey,
+        defaults: Defaults,
+        data: bytes,
+        size: int,
+        external: bool,
+        options: EnqueueOptions,
+        id: str | None,
+    ) -> _Draft:
+        delay = 0
+        ttl, visibility, max_attempts = defaults.ttl, defaults.visibility, defaults.max_attempts
+        priority = DEFAULT_PRIORITY
+        dedup_key = ordering_key = content_type = correlation_id = attributes = None
+        if options is not DEFAULT_OPTIONS:
+            delay = milliseconds(options.delay, "delay")
+            if options.ttl is not None:
+                ttl = milliseconds(options.ttl, "ttl", positive=True)
+            if options.max_attempts is not None:
+                max_attempts = options.max_attempts
+            if options.visibility is not None:
+                visibility = milliseconds(options.visibility, "visibility", positive=True)
+            priority = options.priority
+            if priority.__class__ is not int or priority not in PRIORITIES:
+                raise InvalidInput(f"priority must be a whole number from 0 to 9, not {priority!r}")
+            if max_attempts.__class__ is not int or not 0 <= max_attempts <= 1_000_000:
+                raise InvalidInput("max_attempts must be a whole number from 1 to 1,000,000 (0 means without limit)")
+            dedup_key = _short_text(options.dedup_key, "dedup_key")
+            ordering_key = _short_text(options.ordering_key, "ordering_key")
+            content_type = _short_text(options.content_type, "content_type")
+            correlation_id = _short_text(options.correlation_id, "correlation_id")
+            attributes = self._attributes(options.attributes)
+            if options.message_id is not None:
+                id = names.message_id(options.message_id)
+        if id is None:
+            id = self.ids.message_id()
+        now = self.clock.now_ms()
+        head = Head(
+            HEAD_FORMAT,
+            id,
+            key[0],
+            key[1],
+            now,
+            priority,
+            max_attempts,
+            visibility,
+            ttl,
+            dedup_key,
+            ordering_key,
+            attributes,
+            correlation_id,
+            content_type,
+            size,
+            external,
+        )
+        status = lifecycle.new_status(now, delay, ttl)
+        unique = None
+        if dedup_key is not None:
+            window = defaults.dedup_window
+            if options.dedup_window is not None:
+                window = milliseconds(options.dedup_window, "dedup_window", positive=True)
+            unique = Unique(dedup_key, now, now + window)
+        op = Insert(
+            Item(key[0], key[1], id, priority, ordering_key, size, external),
+            status.visible_at,
+            status.expires_at,
+            codec.encode(head),
+            codec.encode(status),
+            data,
+            unique,
+        )
+        return _Draft(op, head, status, None if external else data)
+
+    def _attributes(self, attributes: Any) -> dict[str, Any] | None:
+        if not attributes:
+            return None
+        if not isinstance(attributes, dict) or not all(isinstance(name, str) for name in attributes):
+            raise InvalidInput("attributes must be a dict with text keys")
+        limit = self.config.max_attributes_bytes
+        try:
+            encoded = msgspec.msgpack.encode(attributes)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise InvalidInput(f"attributes cannot be encoded: {error}") from error
+        if len(encoded) > limit:
+            raise TooLarge(f"attributes take {len(encoded)} bytes, more than the limit of {limit}")
+        # What was encoded is what is kept: later changes of the caller's dict must not show.
+        decoded: dict[str, Any] = msgspec.msgpack.decode(encoded)
+        return decoded
+
+    def _enqueued(self, draft: _Draft, outcome: object) -> Enqueued:
+        if outcome.__class__ is Inserted:
+            assert isinstance(outcome, Inserted)
+            record = Record(outcome.item, outcome.mark, draft.head, draft.status, draft.payload)
+            self.changed(record, inserted=True)
+            return Enqueued(outcome.item.id, False, record)
+        if isinstance(outcome, Conflict) and outcome.cause in (Cause.UNIQUE, Cause.EXISTS):
+            return Enqueued(outcome.id or draft.op.item.id, True, None)
+        raise StoreError(f"the store answered an insert with {outcome!r}")

@@ -1,0 +1,371 @@
+"""`QueueService`: every operation of the queue, over any store. All policy is here and in the life cycle.
+
+Methods may be called concurrently. Safety between processes comes from conditional writes alone; nothing is locked
+while the store works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from millpond import lifecycle
+from millpond.errors import InvalidInput, LeaseLost, MessageNotFound, MillpondError, StoreError
+from millpond.model import names
+from millpond.model.message import Lease, Status
+from millpond.service.config import QueuePolicy, milliseconds
+from millpond.service.consuming import HAND_OUT_LIMIT, Delivery
+from millpond.service.core import ATTEMPTS, Core, QueueKey, log
+from millpond.service.ready import ReadyCacheStats, Record
+from millpond.service.states import States
+from millpond.stores.base import Box, Conflict, Counts, Op, QueueName, Remove, Removed, Updated
+
+PAGE = 500
+"""Records per page when a whole box is worked through: bounded memory, shared commits."""
+
+
+class MessageListResult(NamedTuple):
+    """A page of messages in order of insertion."""
+
+    records: list[Record]
+    next_after: int | None
+    """Pass it as ``after`` for the next page; None when this was the last."""
+
+    @property
+    def truncated(self) -> bool:
+        """There are more."""
+        return self.next_after is not None
+
+
+class QueueService(States):
+    """The queue's operations under the names of lockd's queue package, in snake_case, and what consumers call."""
+
+    # Looking
+
+    async def get_message(self, namespace: str | None, queue: str, id: str) -> Record:
+        """The message, live or dead, held or not. Raises MessageNotFound, InvalidMessageId."""
+        key = self.key(namespace, queue)
+        record = await self.load(*key, names.message_id(id))
+        if record is None:
+            raise MessageNotFound(f"there is no message {id} in queue {key[1]} of namespace {key[0]}")
+        return record
+
+    async def list_messages(
+        self, namespace: str | None, queue: str, *, after: int | None = None, limit: int = 100, box: Box = Box.LIVE
+    ) -> MessageListResult:
+        """Messages in order of insertion, whatever their visibility. A record that cannot be read is left out and
+        logged. Raises InvalidQueue, InvalidInput."""
+        if limit < 1:
+            raise InvalidInput("limit must be at least 1")
+        page = await self.store.list(*self.key(namespace, queue), box, after=after, limit=limit)
+        records = []
+        for stored in page.records:
+            try:
+                records.append(self.record(stored))
+            except MillpondError as error:
+                log.error(
+                    "millpond.record.unreadable",
+                    extra={"queue": queue, "message_id": stored.item.id, "reason": str(error)},
+                )
+        return MessageListResult(records, page.next_after)
+
+    async def get_payload(self, namespace: str | None, queue: str, id: str) -> AsyncIterator[bytes]:
+        """The payload in chunks. Raises MessageNotFound."""
+        return self.payload_chunks(await self.get_message(namespace, queue, id))
+
+    async def ensure_message_ready(self, namespace: str | None, queue: str, id: str) -> None:
+        """Check that record and payload are both there. Raises MessageNotFound, StoreCorrupt."""
+        record = await self.get_message(namespace, queue, id)
+        async for _ in self.payload_chunks(record):
+            break
+
+    async def counts(self, namespace: str | None, queue: str) -> Counts:
+        """How the queue stands now."""
+        return await self.store.counts(*self.key(namespace, queue), self.clock.now_ms())
+
+    async def list_queues(self) -> list[QueueName]:
+        """Every queue in the store."""
+        return await self.store.queues()
+
+    # Candidates
+
+    async def next_candidate(self, namespace: str | None, queue: str) -> Record | None:
+        """The next ready message, taken out of this process's ready cache: claim it, or give it back. None when nothing
+        is ready or the queue is paused."""
+        found = await self.next_candidates(namespace, queue, 1)
+        return found[0] if found else None
+
+    async def next_candidates(self, namespace: str | None, queue: str, limit: int) -> list[Record]:
+        """Up to ``limit`` ready messages, taken out of the ready cache for the caller to claim or give back."""
+        key = self.key(namespace, queue)
+        self.stats.next_calls += 1
+        if (await self.policy(key)).paused:
+            return []
+        cache = self.cache(key)
+        now = self.clock.now_ms()
+        if cache.wants_refill(now, self.clock.monotonic()):
+            await self.refill(key)
+        return self._take(cache, [], limit, now)
+
+    async def peek_candidate(self, namespace: str | None, queue: str) -> Record | None:
+        """The message that would be handed out next, left where it is."""
+        found = await self.peek(namespace, queue, 1)
+        return found[0] if found else None
+
+    async def peek(self, namespace: str | None, queue: str, limit: int) -> list[Record]:
+        """The first ready messages, left where they are; read from the store, so that it disturbs no consumer."""
+        page = await self.store.ready(*self.key(namespace, queue), self.clock.now_ms(), limit=limit)
+        records = []
+        for stored in page.records:
+            try:
+                records.append(self.record(stored))
+            except MillpondError as error:
+                log.error(
+                    "millpond.record.unreadable",
+                    extra={"queue": queue, "message_id": stored.item.id, "reason": str(error)},
+                )
+        return records
+
+    async def refresh_ready_cache(self, namespace: str | None, queue: str) -> None:
+        """Bring the queue's ready cache up to date now. Raises StoreError, also to callers who shared the read."""
+        await self.refill(self.key(namespace, queue))
+
+    def update_ready_cache(self, record: Record) -> None:
+        """Tell the ready cache of a record's newest version (as read or written by the caller)."""
+        self.cache((record.item.namespace, record.item.queue)).forget(record.item.id)
+        if record.mark.box is Box.LIVE:
+            self.cache((record.item.namespace, record.item.queue)).offer(record, self.clock.now_ms())
+
+    def next_due(self, namespace: str, queue: str) -> int | None:
+        """When the next message of the queue becomes due (ms UTC), as far as its ready cache knows."""
+        return self.cache((namespace, queue)).next_due
+
+    def enable_ready_cache_stats(self) -> None:
+        """Does nothing: the counters are always on. Kept for those who know the call."""
+
+    def ready_cache_stats(self) -> ReadyCacheStats:
+        """A copy of the ready caches' counters, all of one moment."""
+        return msgspec.structs.replace(self.stats)
+
+    def reset_ready_cache_stats(self) -> None:
+        """Set the counters to zero."""
+        self.stats = ReadyCacheStats()
+
+    # Single steps on a record, for those who drive the life cycle themselves
+
+    async def _write_update(self, record: Record, status: Status) -> Record:
+        [outcome] = await self.store.write((self.update(record, status),))
+        if not isinstance(outcome, Updated):
+            raise LeaseLost(f"message {record.item.id} was changed by somebody else; nothing was changed")
+        return Record(record.item, outcome.mark, record.head, status, record.payload)
+
+    async def increment_attempts(
+        self, record: Record, *, visibility: float | None = None, owner: str | None = None, txn_id: str | None = None
+    ) -> Delivery:
+        """Deliver exactly this record: lease, fencing token, attempt and visibility in one write.
+
+        Raises LeaseLost when it was changed since it was read, `millpond.lifecycle.NotPossible` never: a message that
+        may not be delivered now is answered with LeaseLost, too. The caller's record is not changed.
+        """
+        found = await self.claim_records([record], visibility=visibility, owner=owner, txn_id=txn_id)
+        if not found:
+            raise LeaseLost(f"message {record.item.id} cannot be delivered from the version that was read")
+        return found[0]
+
+    async def claim_records(
+        self,
+        records: Sequence[Record],
+        *,
+        visibility: float | None = None,
+        owner: str | None = None,
+        txn_id: str | None = None,
+    ) -> list[Delivery]:
+        """Deliver these records, those of them that still are as they were read and may be delivered."""
+        if not records:
+            return []
+        wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
+        key = (records[0].item.namespace, records[0].item.queue)
+        deliveries: list[Delivery] = []
+        policy = await self.policy(key)
+        await self._lease(self.cache(key), list(records), policy, wish, owner, txn_id, deliveries)
+        return deliveries
+
+    async def reschedule(self, delivery: Delivery, *, delay: float) -> None:
+        """Visible again after ``delay`` seconds, no failure counted: `defer` under lockd's name."""
+        await self.defer(delivery, delay=delay)
+
+    async def extend_visibility(self, delivery: Delivery, extension: float) -> Lease:
+        """The lease ends ``extension`` seconds from now: `extend` under lockd's name."""
+        return await self.extend(delivery, extension)
+
+    async def save_message_document(self, delivery: Delivery, *, last_error: Any) -> None:
+        """Note an error on a held message without settling it. Raises LeaseLost, TooLarge.
+
+        Counters, times and lease belong to the life cycle and cannot be written from outside."""
+        kept = self.error_value(last_error)
+        for _ in range(ATTEMPTS):
+            record = await self._held(delivery)
+            status = lifecycle.annotate(record.status, self.clock.now_ms(), kept)
+            [outcome] = await self.store.write((self.update(record, status),))
+            if isinstance(outcome, Updated):
+                delivery.record = Record(record.item, outcome.mark, record.head, status)
+                return
+            delivery.record = None
+        raise StoreError(f"message {delivery.id} keeps changing; try again")
+
+    async def move_to_dlq(self, record: Record, reason: str = "moved") -> Record:
+        """Make a message a dead letter whatever its state, by decision of an operator; its last error stays.
+
+        Raises LeaseLost when it was changed since it was read, InvalidInput when it is one already."""
+        try:
+            status = lifecycle.bury(record.status, self.clock.now_ms(), str(self.error_value(reason)))
+        except lifecycle.NotPossible as error:
+            raise InvalidInput(f"message {record.item.id}: {error}") from error
+        after = await self._write_update(record, status)
+        self.gone(record.item)
+        return after
+
+    async def delete_message(self, record: Record, *, force: bool = False) -> None:
+        """Remove a message that nobody holds (``force``: even then), with payload and state.
+
+        Raises LeaseLost when it was changed since it was read or is held."""
+        if not force and not lifecycle.deletable(record.status, self.clock.now_ms()):
+            raise LeaseLost(f"message {record.item.id} is held by a consumer; it was not deleted")
+        [outcome] = await self.store.write((Remove(record.item, record.mark),))
+        if not isinstance(outcome, Removed):
+            raise LeaseLost(f"message {record.item.id} was changed by somebody else; it was not deleted")
+        self.gone(record.item)
+
+    # Whole boxes
+
+    async def _work_through(
+        self, key: QueueKey, box: Box, decide: Callable[[Record], Op | None], done: Callable[[Record, Any], None]
+    ) -> int:
+        """Apply ``decide`` to each record of a box, page by page; how many writes went through. Records that change
+        meanwhile are left as they are: whoever changed them decided."""
+        after: int | None = None
+        total = 0
+        while True:
+            page = await self.list_messages(*key, after=after, limit=PAGE, box=box)
+            planned = [(record, op) for record in page.records if (op := decide(record)) is not None]
+            if planned:
+                outcomes = await self.store.write([op for _, op in planned])
+                for (record, _), outcome in zip(planned, outcomes, strict=True):
+                    if not isinstance(outcome, Conflict):
+                        total += 1
+                        done(record, outcome)
+            if page.next_after is None:
+                return total
+            after = page.next_after
+
+    async def purge(self, namespace: str | None, queue: str) -> int:
+        """Remove every live message that no consumer holds; how many. Dead letters stay."""
+        key = self.key(namespace, queue)
+
+        def decide(record: Record) -> Op | None:
+            if not lifecycle.deletable(record.status, self.clock.now_ms()):
+                return None
+            return Remove(record.item, record.mark)
+
+        count = await self._work_through(key, Box.LIVE, decide, lambda record, outcome: self.gone(record.item))
+        log.info("millpond.queue.purged", extra={"namespace": key[0], "queue": key[1], "messages": count})
+        return count
+
+    async def purge_dead_letters(self, namespace: str | None, queue: str, ids: Sequence[str] | None = None) -> int:
+        """Remove dead letters (all, or those with these ids); how many. Unknown ids raise MessageNotFound."""
+        key = self.key(namespace, queue)
+
+        def decide(record: Record) -> Op | None:
+            return Remove(record.item, record.mark)
+
+        count = await self._dead_letters(key, ids, decide, lambda record, outcome: None)
+        log.info("millpond.dlq.purged", extra={"namespace": key[0], "queue": key[1], "messages": count})
+        return count
+
+    async def redrive(self, namespace: str | None, queue: str, ids: Sequence[str] | None = None) -> int:
+        """Put dead letters (all, or those with these ids) back into their queue with a new budget; how many.
+
+        Unknown ids raise MessageNotFound before anything is changed."""
+        key = self.key(namespace, queue)
+        fresh: dict[str, Status] = {}
+
+        def decide(record: Record) -> Op | None:
+            status = fresh[record.item.id] = lifecycle.redrive(record.head, record.status, self.clock.now_ms())
+            return self.update(record, status)
+
+        def done(record: Record, outcome: Any) -> None:
+            status = fresh.pop(record.item.id)
+            self.changed(Record(record.item, outcome.mark, record.head, status))
+
+        count = await self._dead_letters(key, ids, decide, done)
+        log.info("millpond.dlq.redriven", extra={"namespace": key[0], "queue": key[1], "messages": count})
+        return count
+
+    async def _dead_letters(
+        self,
+        key: QueueKey,
+        ids: Sequence[str] | None,
+        decide: Callable[[Record], Op | None],
+        done: Callable[[Record, Any], None],
+    ) -> int:
+        if ids is None:
+            return await self._work_through(key, Box.DEAD, decide, done)
+        records = [await self.dead_letter(*key, id) for id in dict.fromkeys(ids)]
+        planned = [(record, op) for record in records if (op := decide(record)) is not None]
+        outcomes = await self.store.write([op for _, op in planned])
+        count = 0
+        for (record, _), outcome in zip(planned, outcomes, strict=True):
+            if not isinstance(outcome, Conflict):
+                count += 1
+                done(record, outcome)
+        return count
+
+    async def dead_letter(self, namespace: str | None, queue: str, id: str) -> Record:
+        """A dead letter by its id. Raises MessageNotFound, also for a message that is still alive."""
+        record = await self.get_message(namespace, queue, id)
+        if record.status.dead is None:
+            raise MessageNotFound(f"message {id} is not a dead letter: it is still in queue {queue}")
+        return record
+
+    # Policy
+
+    async def set_policy(self, namespace: str | None, queue: str, **fields: Any) -> QueuePolicy:
+        """Change fields of the queue's policy, for messages enqueued from now on; the policy as it is then.
+
+        Raises InvalidInput for unknown fields and values out of range."""
+        key = self.key(namespace, queue)
+        unknown = set(fields) - set(QueuePolicy.__struct_fields__)
+        if unknown:
+            raise InvalidInput(f"a queue policy has no {', '.join(sorted(unknown))}")
+
+        def change(policy: QueuePolicy) -> QueuePolicy:
+            try:
+                return QueuePolicy(**(msgspec.structs.asdict(policy) | fields))
+            except TypeError as error:
+                raise InvalidInput(f"a queue policy field has the wrong type: {error}") from error
+
+        return await self.change_policy(key, change)
+
+    async def queue_policy(self, namespace: str | None, queue: str) -> QueuePolicy:
+        """The queue's policy, read afresh."""
+        return await self.policy(self.key(namespace, queue), fresh=True)
+
+    async def pause(self, namespace: str | None, queue: str) -> None:
+        """Hand nothing out until `resume`; what is held goes on. Safe to repeat."""
+        await self.set_policy(namespace, queue, paused=True)
+
+    async def resume(self, namespace: str | None, queue: str) -> None:
+        """Hand out again. Safe to repeat."""
+        await self.set_policy(namespace, queue, paused=False)
+
+    # Ending
+
+    async def close(self) -> None:
+        """Wait for background work of this service to end."""
+        while self.tasks:
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+
+

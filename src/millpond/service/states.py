@@ -1,0 +1,137 @@
+"""Workflow state: one document per message, written under its lease, kept over retries, gone with the ack."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from millpond import lifecycle
+from millpond.errors import InvalidInput, MessageNotFound, StateConflict, StoreCorrupt, StoreError, StoreMismatch, TooLarge
+from millpond.service.consuming import Consuming, Delivery
+from millpond.service.core import ATTEMPTS
+from millpond.service.ready import Record
+from millpond.stores.base import Cause, Conflict, DropState, Op, PutState, StateWritten
+
+STATE_FORMAT = 1
+
+WHATEVER: Final = "*"
+"""In place of an ETag: the caller holds the lease and wants its value to stand whatever was there."""
+
+
+class StateDocument(msgspec.Struct, frozen=True):
+    """A message's workflow state as stored."""
+
+    format: int
+    value: Any
+    created_at: int
+    updated_at: int
+
+
+class StateResult(msgspec.Struct, frozen=True):
+    """A state document and its ETag."""
+
+    document: StateDocument
+    etag: str
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(StateDocument)
+
+
+class States(Consuming):
+    """The workflow-state part of the service."""
+
+    async def _state_of(self, record: Record) -> StateResult | None:
+        found = await self.store.state(record.item)
+        if found is None:
+            return None
+        name = f"state of message {record.item.id} in {record.item.namespace}/{record.item.queue}"
+        try:
+            document = _decoder.decode(found.data)
+        except msgspec.DecodeError as error:
+            raise StoreCorrupt(f"{name} cannot be decoded: {error}") from error
+        if document.format > STATE_FORMAT:
+            raise StoreMismatch(f"{name} has format {document.format}; this Millpond reads up to {STATE_FORMAT}")
+        return StateResult(document, found.etag)
+
+    async def load_state(self, namespace: str | None, queue: str, id: str) -> StateResult | None:
+        """The message's state; None when it has none. Raises MessageNotFound."""
+        record = await self.load(*self.key(namespace, queue), id)
+        if record is None:
+            raise MessageNotFound(f"there is no message {id} in queue {queue}")
+        return await self._state_of(record)
+
+    async def ensure_state_exists(self, delivery: Delivery) -> str:
+        """The ETag of the delivery's state, which is created with the value None if there is none. Raises LeaseLost."""
+        for _ in range(ATTEMPTS):
+            record = await self._held(delivery)
+            existing = await self._state_of(record)
+            if existing is not None:
+                return existing.etag
+            try:
+                return await self.save_state(delivery, None, etag=None)
+            except StateConflict:
+                continue  # Somebody with the same lease created it in between.
+        raise StoreError(f"the state of message {delivery.id} keeps changing; try again")
+
+    async def _held(self, delivery: Delivery) -> Record:
+        record = delivery.record
+        if record is None:
+            record = await self.load(delivery.namespace, delivery.queue, delivery.id)
+            delivery.record = record
+        lifecycle.check_lease(None if record is None else record.status, delivery.lease_id, delivery.token)
+        assert record is not None
+        return record
+
+    async def save_state(self, delivery: Delivery, value: Any, *, etag: str | None = WHATEVER) -> str:
+        """Write the state under the delivery's lease; its new ETag.
+
+        ``etag``: the version to replace, None for "there is none yet", `WHATEVER` for any. Raises LeaseLost,
+        StateConflict (nothing changed), InvalidInput, TooLarge."""
+        limit = self.config.max_state_bytes
+        for _ in range(ATTEMPTS):
+            record = await self._held(delivery)
+            now = self.clock.now_ms()
+            existing = await self._state_of(record)
+            expect = etag
+            if etag == WHATEVER:
+                expect = existing.etag if existing else None
+            created = existing.document.created_at if existing else now
+            try:
+                data = _encoder.encode(StateDocument(STATE_FORMAT, value, created, now))
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                raise InvalidInput(f"the state cannot be encoded: {error}") from error
+            if len(data) > limit:
+                raise TooLarge(f"the state takes {len(data)} bytes, more than the limit of {limit}")
+            written = await self._write_state(delivery, PutState(record.item, record.mark, expect, data), etag)
+            if written is not None:
+                return written
+        raise StoreError(f"the state of message {delivery.id} keeps changing; try again")
+
+    async def delete_state(self, delivery: Delivery, *, etag: str = WHATEVER) -> None:
+        """Delete the state under the delivery's lease; fine when there is none. Raises LeaseLost, StateConflict."""
+        for _ in range(ATTEMPTS):
+            record = await self._held(delivery)
+            existing = await self._state_of(record)
+            if existing is None:
+                if etag != WHATEVER:
+                    raise StateConflict(f"message {delivery.id} has no state (any more)")
+                return
+            expect = existing.etag if etag == WHATEVER else etag
+            if await self._write_state(delivery, DropState(record.item, record.mark, expect), etag) is not None:
+                return
+        raise StoreError(f"the state of message {delivery.id} keeps changing; try again")
+
+    async def _write_state(self, delivery: Delivery, op: Op, etag: str | None) -> str | None:
+        """The new ETag; None when the write has to be decided anew."""
+        [outcome] = await self.store.write((op,))
+        if isinstance(outcome, StateWritten):
+            return outcome.etag
+        assert isinstance(outcome, Conflict)
+        if outcome.cause is Cause.STATE:
+            if etag != WHATEVER:
+                raise StateConflict(f"the state of message {delivery.id} is not at version {etag or 'none'} any more")
+        else:
+            delivery.record = None
+        return None

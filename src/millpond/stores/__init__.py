@@ -1,0 +1,1 @@
+"""Storage: conditional writes on opaque records, behind one protocol (`base`)."""

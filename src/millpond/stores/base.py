@@ -1,0 +1,405 @@
+"""The store protocol: conditional primitives on records, batch first.
+
+What a store may know of a message: where it belongs (namespace, queue, id), when it is due, its priority, when it
+expires, whether somebody holds it, whether it lies in the live or the dead box, its ordering group, and sizes. Head,
+status, payload and state are bytes to it. It never decides what may happen to a message: that is the life cycle's
+and the service's business. What a store owes in return:
+
+1. Every write is conditional on the ETag that the caller last saw; of several writers with one ETag exactly one wins.
+2. ``write`` applies each op on its own; ``commit`` applies all of its ops or none.
+3. When ``write`` or ``commit`` returns, its effects survive whatever the store's medium survives (for SQLite: loss of
+   power). When they raise, nothing of the call was applied, unless the error says that the outcome is unknown.
+4. Order: ``ready`` yields higher priority first, then earlier due time, then earlier insertion.
+5. A record with an ordering group is *ready* only if no record that entered that group earlier is still in the live
+   box of its queue. Entering is the insert, or the return from the dead box: one that comes back joins at the end, so
+   that it can never become ready beside one that is held.
+6. A removed record takes payload and state with it in the same step.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+
+class Box(enum.IntEnum):
+    """Where a record lies in its queue."""
+
+    LIVE = 0
+    DEAD = 1
+
+
+class Reach(enum.Enum):
+    """Who can open the same store at the same time."""
+
+    PROCESS = "process"
+    HOST = "host"
+    NETWORK = "network"
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store can do, for those who plan around it."""
+
+    name: str
+    reach: Reach
+    atomic_groups: bool
+    conditional_delete: bool
+    change_feed: bool
+    durable: bool
+    inline_limit: int
+    """Largest payload, bytes, that belongs in the record; larger ones go to a blob."""
+    requests_cost_money: bool = False
+
+
+class Item(msgspec.Struct, frozen=True):
+    """Identity of a stored record and the facts about it that never change."""
+
+    namespace: str
+    queue: str
+    id: str
+    priority: int
+    group: str | None
+    """The ordering group within the queue."""
+    size: int
+    """Bytes of payload as its owner counts them, for ``counts``; the bytes stored may be more (encryption)."""
+    external: bool
+    """The payload is a blob that ``write_blob`` stored under this id."""
+    key: int = 0
+    """The store's own locator and insertion rank; meaningless to others except that within one store a larger one was
+    inserted later. 0 before the insert."""
+
+
+class Mark(msgspec.Struct, frozen=True, gc=False):
+    """The changeable facts about a stored record, and the ETag of that version."""
+
+    etag: str
+    due: int
+    """When it is next worth looking at, ms UTC: visible-at of a free message, end of the lease of a held one."""
+    leased: bool
+    """Somebody holds it (until ``due``)."""
+    expires: int | None
+    """When it expires, ms UTC."""
+    box: Box
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A record as read."""
+
+    item: Item
+    mark: Mark
+    head: bytes
+    status: bytes
+    payload: bytes | None = None
+    """The inline payload, where it was asked for."""
+
+
+class Unique(msgspec.Struct, frozen=True):
+    """At most one insert with this key per queue until ``until`` (ms UTC)."""
+
+    key: str
+    now: int
+    until: int
+
+
+class Insert(msgspec.Struct, frozen=True):
+    """Insert a record if neither its id nor a live ``unique`` key is there.
+
+    Outcome: ``Inserted``, or ``Conflict`` with the id of the record that is in the way.
+    """
+
+    item: Item
+    due: int
+    expires: int | None
+    head: bytes
+    status: bytes
+    payload: bytes
+    """The inline payload; empty when external."""
+    unique: Unique | None = None
+
+
+class Update(msgspec.Struct, frozen=True):
+    """Replace the status if the record's ETag is still ``mark.etag``. Outcome: ``Updated`` or ``Conflict``.
+
+    ``box`` may differ from ``mark.box``: that is how a record becomes a dead letter and comes back. Payload and state
+    stay with the record.
+    """
+
+    item: Item
+    mark: Mark
+    due: int
+    leased: bool
+    expires: int | None
+    box: Box
+    status: bytes
+    want_payload: bool = False
+    """Return the inline payload in the outcome (for claims)."""
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """Remove record, payload and state if the ETag is still ``mark.etag``. Outcome: ``Removed`` or ``Conflict``."""
+
+    item: Item
+    mark: Mark
+
+
+class Reseal(msgspec.Struct, frozen=True):
+    """Replace the bytes of a record if its ETag is still ``mark.etag``: they say the same, under another key.
+
+    Box, due time, lease, expiry, group and counts stay, and nobody needs waking. Record and state keep their ETags
+    where the store can do that, so that a consumer at work notices nothing; where it cannot, ``Updated.mark`` has the
+    new one. Outcome: ``Updated`` (without payload), or ``Conflict``: ``STALE``, ``MISSING``, or ``STATE`` when the
+    state document is not the expected one any more.
+    """
+
+    item: Item
+    mark: Mark
+    head: bytes
+    status: bytes
+    payload: bytes | None
+    """The new inline payload; None leaves it alone."""
+    state: Document | None
+    """The new state bytes, with the ETag that the state must still have; None leaves the state alone."""
+
+
+class PutState(msgspec.Struct, frozen=True):
+    """Write the state document of a record whose ETag is still ``mark.etag``.
+
+    ``expect`` is the state's ETag, or None for "there is none yet". Outcome: ``StateWritten`` or ``Conflict``.
+    """
+
+    item: Item
+    mark: Mark
+    expect: str | None
+    data: bytes
+
+
+class DropState(msgspec.Struct, frozen=True):
+    """Delete the state document, under the same conditions. Outcome: ``StateWritten`` (etag ""), or ``Conflict``."""
+
+    item: Item
+    mark: Mark
+    expect: str
+
+
+class PutDocument(msgspec.Struct, frozen=True):
+    """Write a queue's document (its policy) if its ETag is still ``expect`` (None: it has none yet).
+
+    Outcome: ``DocumentWritten`` or ``Conflict``.
+    """
+
+    namespace: str
+    queue: str
+    expect: str | None
+    data: bytes
+
+
+Op = Insert | Update | Remove | Reseal | PutState | DropState | PutDocument
+
+
+class Inserted(msgspec.Struct, frozen=True):
+    """The record is in; ``item`` now has its key."""
+
+    item: Item
+    mark: Mark
+
+
+class Updated(msgspec.Struct, frozen=True):
+    """The record was replaced."""
+
+    mark: Mark
+    payload: bytes | None
+
+
+class Removed(msgspec.Struct, frozen=True):
+    """The record is gone."""
+
+
+class StateWritten(msgspec.Struct, frozen=True):
+    """The state document has this ETag now."""
+
+    etag: str
+
+
+class DocumentWritten(msgspec.Struct, frozen=True):
+    """The queue's document has this ETag now."""
+
+    etag: str
+
+
+class Cause(enum.Enum):
+    """Which condition of an op did not hold."""
+
+    EXISTS = "exists"
+    """The id is taken."""
+    UNIQUE = "unique"
+    """The unique key is taken; ``Conflict.id`` says by which message."""
+    STALE = "stale"
+    """The record has another ETag."""
+    MISSING = "missing"
+    """There is no such record."""
+    STATE = "state"
+    """The state or document has another ETag than expected."""
+    ABORTED = "aborted"
+    """Another op of the same ``commit`` failed, so this one was not applied."""
+
+
+class Conflict(msgspec.Struct, frozen=True):
+    """The op was not applied."""
+
+    cause: Cause
+    id: str = ""
+
+
+Outcome = Inserted | Updated | Removed | StateWritten | DocumentWritten | Conflict
+
+
+class Page(NamedTuple):
+    """Some records in order of insertion, and the key to continue after (None: that was all)."""
+
+    records: list[Stored]
+    next_after: int | None
+
+
+class ReadyPage(NamedTuple):
+    """Due records in hand-out order."""
+
+    records: list[Stored]
+    more: bool
+    """There are due records beyond these."""
+    next_due: int | None
+    """When the earliest record that is not due yet becomes due (ms UTC); None when there is none. Always filled."""
+
+
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
+    """How a queue stands at one moment."""
+
+    ready: int
+    delayed: int
+    leased: int
+    blocked: int
+    """Waiting for an earlier message of their ordering group; not in ``ready``."""
+    dead: int
+    bytes: int
+    """Payload bytes in the live box."""
+    oldest_due: int | None
+    """When the longest-waiting ready record became due (ms UTC)."""
+
+
+class QueueName(NamedTuple):
+    """A queue that the store has seen."""
+
+    namespace: str
+    queue: str
+
+
+class Document(NamedTuple):
+    """A document with its ETag."""
+
+    data: bytes
+    etag: str
+
+
+class Change(NamedTuple):
+    """Something may have become ready in a queue, or its document changed."""
+
+    namespace: str
+    queue: str
+
+
+class Subscription(Protocol):
+    """A live interest in the changes of one queue."""
+
+    @property
+    def active(self) -> bool:
+        """False once the feed broke or was closed: subscribe again."""
+
+    def close(self) -> None:
+        """End it; harmless when repeated."""
+
+
+class Blob(NamedTuple):
+    """A payload stored apart."""
+
+    size: int
+
+
+class Problem(NamedTuple):
+    """Something that ``verify`` found wrong."""
+
+    where: str
+    what: str
+
+
+class Store(Protocol):
+    """What every store offers. All methods raise StoreError subclasses only; all are safe to call concurrently from
+    tasks of the event loop that opened the store."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def open(self) -> None:
+        """Make ready for use: create or migrate what is needed. Raises StoreMismatch, StoreBusy, StoreError."""
+
+    async def close(self) -> None:
+        """Let writes under way finish, then release everything. Later calls raise StoreClosed. Repeatable."""
+
+    async def write(self, ops: Sequence[Op]) -> list[Outcome]:
+        """Apply each op on its own; one outcome per op, in order."""
+
+    async def commit(self, ops: Sequence[Op]) -> list[Outcome]:
+        """Apply all ops in one step, or none: after any Conflict the others are ``Conflict(ABORTED)``."""
+
+    async def get(self, namespace: str, queue: str, id: str, *, payload: bool = False) -> Stored | None:
+        """The record, from whichever box it lies in."""
+
+    async def ready(self, namespace: str, queue: str, now: int, *, limit: int) -> ReadyPage:
+        """The first ``limit`` records of the live box that are due at ``now`` and not blocked by their group."""
+
+    async def expired(self, now: int, *, limit: int) -> list[Stored]:
+        """Records of any queue's live box with ``expires`` ≤ now that nobody holds at ``now`` (not leased, or the
+        lease's ``due`` ≤ now), earliest first."""
+
+    async def payload(self, item: Item) -> bytes | None:
+        """The inline payload of a record; None when the record is gone."""
+
+    async def write_blob(self, namespace: str, queue: str, id: str, chunks: AsyncIterator[bytes], now: int) -> Blob:
+        """Store a payload apart, before its record is inserted, without holding it in memory. If ``chunks`` raises,
+        what was written is removed and the error goes on. Orphans fall to ``sweep``."""
+
+    def read_blob(self, item: Item) -> AsyncIterator[bytes]:
+        """The payload's bytes, in chunks of at most 1 MiB. Raises MessageNotFound when it is not (or no longer) there,
+        StoreCorrupt when it is incomplete."""
+
+    async def state(self, item: Item) -> Document | None:
+        """The state document of a record."""
+
+    async def document(self, namespace: str, queue: str) -> Document | None:
+        """The queue's own document (its policy)."""
+
+    async def queues(self) -> list[QueueName]:
+        """Every queue that holds something or has a document, in name order."""
+
+    async def counts(self, namespace: str, queue: str, now: int) -> Counts:
+        """How the queue stands; zero for an unknown one. Costs the same however long the queue is."""
+
+    async def sweep(self, now: int, *, older_than: int, limit: int) -> int:
+        """Remove blobs without a record that are older than ``older_than`` ms, and unique keys that have ended; at most
+        about ``limit`` of each. How many went."""
+
+    async def verify(self) -> list[Problem]:
+        """Check the store's own integrity (structure, counters, references). Reads only."""
+
+    def subscribe(self, namespace: str, queue: str, callback: Callable[[], object]) -> Subscription:
+        """Call ``callback`` on the event loop soon after anyone *else* who has the store open (another process, another
+        Store object) may have made something ready in the queue or changed its document. Raises StoreError when the
+        store has no change feed (see capabilities). Callbacks may be spurious and may coalesce."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters for operators: commits, ops, commit size, seconds waited for the lock … Keys are the store's own."""
+
+    # Last in the class: below it, ``list`` would name the method in annotations.
+    async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:
+        """Records of a box in order of insertion (``Item.key``), strictly after ``after``."""

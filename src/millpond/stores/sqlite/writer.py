@@ -1,0 +1,572 @@
+"""Group commit: concurrent calls share one transaction, and with it the price of one fsync.
+
+While one transaction is on its way to the disk, calls gather for the next one. Who does what is a matter of the GIL
+and of the lock:
+
+- The statements of a transaction run in one go on the event loop's thread. Each statement gives up the GIL and takes it
+  back, which is free while nobody else wants it, and costs up to 5 ms a statement when the loop is busy beside.
+- Only what waits is done in the writer thread: for the lock, and for COMMIT. The loop gathers meanwhile.
+- A lock that had to be waited for is offered to the loop; if the loop does not come for it within `GRACE` (somebody
+  blocks it), the thread runs the statements itself. So nobody else's write waits for a busy event loop for longer.
+
+The write connection belongs to one side at a time: to the loop, until it posts work to the thread and sets ``_away``;
+to the thread, until it calls back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import apsw
+
+from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError
+from millpond.model.clock import Clock, TimerHandle
+from millpond.stores.base import Insert, Op, Outcome, PutDocument, PutState, QueueName, Reseal
+from millpond.stores.sqlite.apply import Applier
+from millpond.stores.sqlite.failures import translate
+from millpond.stores.sqlite.lock import Turnstile
+from millpond.stores.sqlite.threads import Background, tell
+
+MAX_OPS = 1000
+"""Ops after which a transaction takes no further call: larger ones gain nothing (60 k messages/s at 200, 66 k at 1000)
+and make everybody wait."""
+MAX_BYTES = 16 * 1024 * 1024
+"""Payload bytes after which a transaction takes no further call: about one WAL's worth."""
+GRACE = 0.005
+"""Seconds that the loop has to come for the lock: the interpreter's own switch interval."""
+STRANGER = 0.005
+"""Seconds between tries while somebody who does not know the turnstile (a shell, a backup) holds SQLite's own lock."""
+
+
+class Call:
+    """One ``write`` or ``commit`` and what became of it."""
+
+    __slots__ = ("atomic", "error", "future", "ops", "outcomes", "since")
+
+    def __init__(self, ops: Sequence[Op], atomic: bool, future: asyncio.Future[list[Outcome]]) -> None:
+        self.ops = ops
+        self.atomic = atomic
+        self.future = future
+        self.outcomes: list[Outcome] | None = None
+        self.error: BaseException | None = None
+        self.since = 0.0
+
+
+class Job:
+    """Work that takes the lock for a transaction of its own, wholly in the writer thread."""
+
+    __slots__ = ("error", "future", "result", "since", "started", "work")
+
+    def __init__(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+        self.work = work
+        self.future = future
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.since = 0.0
+        self.started = False
+
+
+class Batch:
+    """The calls of one transaction."""
+
+    __slots__ = ("calls", "changed", "doomed", "ops", "seconds", "wrote")
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.changed: set[QueueName | tuple[str, str]] = set()
+        self.doomed = False
+        self.wrote = False
+        self.ops = 0
+        self.seconds = 0.0
+
+
+class _Offer:
+    """A held lock, for whoever takes it first."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._taken = threading.Event()
+
+    def take(self) -> bool:
+        with self._mutex:
+            if self._taken.is_set():
+                return False
+            self._taken.set()
+            return True
+
+    def wait(self, seconds: float) -> bool:
+        return self._taken.wait(seconds)
+
+
+class Writer:
+    """All writing of one store. Used from the event loop only; ``committed`` is called there after each commit with
+    the queues that changed."""
+
+    def __init__(
+        self,
+        connection: apsw.Connection,
+        lock: Turnstile,
+        path: str,
+        *,
+        clock: Clock,
+        busy_timeout: float,
+        committed: Callable[[set[QueueName | tuple[str, str]], bool], object],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._connection = connection
+        self._applier = Applier(connection)
+        self._lock = lock
+        self._path = path
+        self._clock = clock
+        self._busy_timeout = busy_timeout
+        self._report = committed
+        self._thread = Background("millpond-writer")
+        self._pending: deque[Call] = deque()
+        self._jobs: deque[Job] = deque()
+        self._mutex = threading.Lock()
+        """Guards taking from ``_pending``, and ``Job.started``, while ``_waiting``."""
+        self._scheduled = False
+        self._away = False
+        self._waiting = False
+        self._job: Job | None = None
+        self._job_next = False
+        self._timer: TimerHandle | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._closing = False
+        self._check_foreign: Callable[[bool], object] | None = None
+        self._data_version = 0
+        self.numbers: dict[str, Any] = {
+            "commits": 0,
+            "calls": 0,
+            "ops": 0,
+            "largest_commit": 0,
+            "commit_seconds": 0.0,
+            "lock_waits": 0,
+            "lock_wait_seconds": 0.0,
+            "busy_errors": 0,
+            "failed_commits": 0,
+            "jobs": 0,
+            "batches_in_thread": 0,
+        }
+
+    # Submitting
+
+    def submit(self, ops: Sequence[Op], atomic: bool) -> asyncio.Future[list[Outcome]]:
+        """The outcomes of ``ops``, once they are durable."""
+        future: asyncio.Future[list[Outcome]] = self._loop.create_future()
+        if self._closing:
+            raise StoreClosed(f"the store {self._path} is closed")
+        call = Call(ops, atomic, future)
+        self._pending.append(call)
+        if self._waiting:
+            call.since = self._clock.monotonic()
+        elif not self._scheduled and not self._away:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+        return future
+
+    def job(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Run ``work`` in the writer thread while this store holds the lock; it makes its own transaction, on another
+        connection."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        if self._closing:
+            raise StoreClosed(f"the store {self._path} is closed")
+        job = Job(work, future)
+        self._jobs.append(job)
+        if self._waiting:
+            job.since = self._clock.monotonic()
+        elif not self._scheduled and not self._away:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+        return future
+
+    def when_foreign(self, report: Callable[[bool], object]) -> None:
+        """Report, now or as soon as the connection is at hand, whether another process has written since the last
+        time this was asked."""
+        self._check_foreign = report
+        if not self._away and not self._waiting:
+            self._look_for_foreign()
+
+    def _look_for_foreign(self) -> None:
+        report, self._check_foreign = self._check_foreign, None
+        if report is None:
+            return
+        before, self._data_version = self._data_version, int(self._applier.execute("PRAGMA data_version").get)
+        report(before not in {0, self._data_version})
+
+    # On the loop
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        if self._away:
+            return
+        if self._check_foreign is not None:
+            self._look_for_foreign()
+        if self._jobs and (self._job_next or not self._pending):
+            self._start_job()
+            return
+        if not self._pending:
+            self._rest()
+            return
+        if not self._lock.try_acquire():
+            self._wait()
+            return
+        try:
+            self._applier.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError:
+            self._lock.release()
+            self._wait()
+            return
+        except apsw.Error as error:
+            self._lock.release()
+            self._fail_pending(translate(error, self._path))
+            return
+        self._run_batch(self._pending)
+
+    def _run_batch(self, source: deque[Call]) -> None:
+        """With the lock held and a transaction begun: run what is pending, then have the thread commit it."""
+        try:
+            batch = self._fill(source)
+        except BaseException:  # an interrupt: the loop is about to end, the lock must not stay behind
+            self._roll_back()
+            self._lock.release()
+            raise
+        if batch.wrote:
+            self._away = True
+            self._thread.post(lambda: self._commit(batch))
+            return
+        if self._connection.in_transaction:
+            self._applier.execute("COMMIT")
+        self._lock.release()
+        self._settle(batch)
+        self._again()
+
+    def _again(self) -> None:
+        if self._check_foreign is not None:
+            self._look_for_foreign()
+        if self._pending or self._jobs:
+            self._job_next = bool(self._jobs) and not self._job_next
+            self._flush()
+        else:
+            self._rest()
+
+    @property
+    def _settled(self) -> bool:
+        """Nothing is under way that anybody waits for. (The thread may still wait for a lock that nobody needs.)"""
+        unneeded = self._waiting and (self._job is None or self._job.future.done())
+        return not self._pending and not self._jobs and (not self._away or unneeded)
+
+    async def finish(self) -> None:
+        """Take no more; wait for what was submitted."""
+        self._closing = True
+        while not self._settled:
+            self._idle = self._loop.create_future()
+            await self._idle
+
+    async def shut(self) -> None:
+        """After ``finish``: end the thread, close connection and lock."""
+        stuck = self._waiting
+        done = self._thread.call(self._shut)
+        self._thread.stop()
+        if not stuck:
+            await done
+
+    def _shut(self) -> None:
+        self._connection.close()
+        self._lock.close()
+
+    def _rest(self) -> None:
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _done(self, batch: Batch) -> None:
+        """The thread has committed (or failed to) and released the lock."""
+        self._away = False
+        self._stop_waiting()
+        self._settle(batch)
+        self._again()
+
+    def _settle(self, batch: Batch) -> None:
+        numbers = self.numbers
+        if batch.wrote:
+            numbers["commits"] += 1
+            numbers["calls"] += len(batch.calls)
+            numbers["ops"] += batch.ops
+            numbers["commit_seconds"] += batch.seconds
+            numbers["largest_commit"] = max(numbers["largest_commit"], batch.ops)
+            if batch.changed or batch.doomed:
+                self._report(batch.changed, batch.doomed)
+        for call in batch.calls:
+            future = call.future
+            if future.done():
+                continue
+            if call.error is not None:
+                future.set_exception(call.error)
+            elif call.outcomes is not None:
+                future.set_result(call.outcomes)
+
+    def _fail_pending(self, error: MillpondError) -> None:
+        calls, self._pending = self._pending, deque()
+        for call in calls:
+            if not call.future.done():
+                call.future.set_exception(type(error)(str(error)))
+        self._again()
+
+    # Waiting for the lock
+
+    def _wait(self) -> None:
+        """Have the thread wait; calls that wait for too long hear StoreBusy."""
+        self.numbers["lock_waits"] += 1
+        self._start_waiting()
+        self._thread.post(self._wait_in_thread)
+
+    def _start_waiting(self) -> None:
+        self._away = self._waiting = True
+        now = self._clock.monotonic()
+        for call in self._pending:
+            call.since = now
+        for job in self._jobs:
+            job.since = now
+        self._timer = self._clock.call_later(self._busy_timeout, self._expire)
+
+    def _stop_waiting(self) -> None:
+        self._waiting = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        """Calls that have waited for ``busy_timeout`` get StoreBusy; nothing of them is or will be applied."""
+        if not self._waiting:
+            return
+        now = self._clock.monotonic()
+        latest = now - self._busy_timeout
+        late: list[Call | Job] = []
+        with self._mutex:
+            while self._pending and self._pending[0].since <= latest:
+                late.append(self._pending.popleft())
+            while self._jobs and self._jobs[0].since <= latest:
+                late.append(self._jobs.popleft())
+            if self._job is not None and not self._job.started and self._job.since <= latest:
+                self._job.started = True  # the thread must not start it any more
+                late.append(self._job)
+            oldest = min((one[0].since for one in (self._pending, self._jobs) if one), default=now)
+        for one in late:
+            if not one.future.done():
+                self.numbers["busy_errors"] += 1
+                one.future.set_exception(
+                    StoreBusy(
+                        f"another writer has held {self._path} for {self._busy_timeout:g} s; nothing of this call was "
+                        "written. Try again"
+                    )
+                )
+        self._timer = self._clock.call_later(max(oldest - latest, 0.001), self._expire)
+        if not self._pending and not self._jobs:
+            self._rest()
+
+    def _offered(self, offer: _Offer, waited: float) -> None:
+        """The thread has the lock, and a transaction is begun."""
+        if not offer.take():
+            return
+        self._away = False
+        self._stop_waiting()
+        self.numbers["lock_wait_seconds"] += waited
+        self._run_batch(self._pending)
+
+    def _gave_up(self, error: StoreError | None) -> None:
+        """The thread stopped waiting: nobody wants the lock any more, or SQLite failed."""
+        self._away = False
+        self._stop_waiting()
+        if error is not None:
+            self._fail_pending(error)
+        else:
+            self._again()
+
+    # Jobs
+
+    def _start_job(self) -> None:
+        job = self._job = self._jobs.popleft()
+        job.since = self._clock.monotonic()
+        self._job_next = False
+        self._start_waiting()
+        self._thread.post(lambda: self._run_job(job))
+
+    def _job_done(self, job: Job) -> None:
+        self._away = False
+        self._job = None
+        self._stop_waiting()
+        self.numbers["jobs"] += 1
+        if not job.future.done():
+            if job.error is not None:
+                job.future.set_exception(job.error)
+            else:
+                job.future.set_result(job.result)
+        self._again()
+
+    # In the thread
+
+    def _commit(self, batch: Batch) -> None:
+        began = time.perf_counter()
+        error: StoreError | None = None
+        try:
+            self._applier.execute("COMMIT")
+        except apsw.Error as failure:
+            error = translate(failure, self._path)
+            self._roll_back()
+        self._lock.release()
+        if error is None:
+            self._applier.committed()
+            batch.seconds = time.perf_counter() - began
+        else:
+            self._fail(batch, error)
+        tell(self._loop, self._done, batch)
+
+    def _wait_in_thread(self) -> None:
+        began = time.perf_counter()
+        self._lock.acquire()
+        error: StoreError | None = None
+        while True:
+            if not self._pending:
+                break
+            try:
+                self._applier.execute("BEGIN IMMEDIATE")
+            except apsw.BusyError:
+                time.sleep(STRANGER)
+                continue
+            except apsw.Error as failure:
+                error = translate(failure, self._path)
+                break
+            waited = time.perf_counter() - began
+            offer = _Offer()
+            tell(self._loop, self._offered, offer, waited)
+            if not offer.wait(GRACE) and offer.take():
+                self._run_in_thread(waited)
+            return
+        self._lock.release()
+        tell(self._loop, self._gave_up, error)
+
+    def _run_in_thread(self, waited: float) -> None:
+        source: deque[Call] = deque()
+        ops = 0
+        with self._mutex:
+            while self._pending and ops < MAX_OPS:
+                call = self._pending.popleft()
+                ops += len(call.ops)
+                source.append(call)
+        batch = self._fill(source)
+        with self._mutex:
+            self._pending.extendleft(reversed(source))
+        self.numbers["lock_wait_seconds"] += waited
+        self.numbers["batches_in_thread"] += 1
+        if batch.wrote:
+            self._commit(batch)
+            return
+        if self._connection.in_transaction:
+            self._applier.execute("COMMIT")
+        self._lock.release()
+        tell(self._loop, self._done, batch)
+
+    def _run_job(self, job: Job) -> None:
+        self._lock.acquire()
+        with self._mutex:
+            start, job.started = not job.started and not job.future.done(), True
+        if start:
+            try:
+                job.result = job.work()
+            except apsw.Error as error:
+                job.error = translate(error, self._path)
+            except BaseException as error:  # it is the waiter's
+                job.error = error
+        self._lock.release()
+        tell(self._loop, self._job_done, job)
+
+    # In either
+
+    def _roll_back(self) -> None:
+        if self._connection.in_transaction:
+            self._applier.execute("ROLLBACK")
+
+    def _fail(self, batch: Batch, error: StoreError) -> None:
+        """Nothing of the batch was applied: all its callers hear why."""
+        self.numbers["failed_commits"] += 1
+        batch.wrote = False
+        for call in batch.calls:
+            if call.error is None:
+                call.error = type(error)(str(error))
+
+    def _fill(self, source: deque[Call]) -> Batch:
+        """Apply calls from ``source`` to the open transaction, as many as it takes.
+
+        A call that raises is left out: the transaction is rolled back, and the others are applied again without it.
+        When the disk is full, those that need no more of it get another chance: acks make room.
+        """
+        applier, batch = self._applier, Batch()
+        failed: list[Call] = []
+        again: deque[Call] = deque()
+        while True:
+            calls: list[Call] = []
+            ops = 0
+            current: Call | None = None
+            applier.begin()
+            try:
+                while again or (source and ops < MAX_OPS and applier.volume < MAX_BYTES):
+                    current = again.popleft() if again else source.popleft()
+                    if current.future.done():
+                        continue
+                    current.outcomes = applier.commit(current.ops) if current.atomic else applier.write(current.ops)
+                    calls.append(current)
+                    ops += len(current.ops)
+                current = None
+                batch.wrote = applier.finish()
+                break
+            except Exception as error:
+                self._roll_back()
+                if current is not None:
+                    calls.append(current)
+                calls += again
+                blamed = _blame(error, current, calls)
+                for call in blamed:
+                    call.error = _own(error, self._path)
+                failed += blamed
+                again = deque(call for call in calls if call.error is None)
+                calls = []
+                try:
+                    applier.execute("BEGIN IMMEDIATE")
+                except apsw.Error as failure:
+                    for call in again:
+                        call.error = translate(failure, self._path)
+                    failed += again
+                    break
+        batch.calls = calls + failed
+        batch.ops = ops
+        batch.changed, batch.doomed = applier.changed, applier.doomed
+        return batch
+
+
+_GROW = (Insert, PutState, PutDocument, Reseal)
+"""Ops that need room on the disk."""
+_CALLERS_FAULT = (apsw.TooBigError, apsw.ConstraintError, apsw.MismatchError, apsw.RangeError)
+"""What SQLite says of one statement's values; anything else it says concerns the whole transaction."""
+
+
+def _blame(error: Exception, current: Call | None, calls: list[Call]) -> list[Call]:
+    """Which of the calls of a transaction that failed while ``current`` was applied have to fail with it."""
+    if isinstance(error, apsw.FullError):
+        return [call for call in calls if any(isinstance(op, _GROW) for op in call.ops)] or calls
+    if current is not None and (not isinstance(error, apsw.Error) or isinstance(error, _CALLERS_FAULT)):
+        return [current]
+    return calls
+
+
+def _own(error: Exception, path: str) -> Exception:
+    """The error for one caller: of the store's own, each gets an instance, since a raised one grows a traceback."""
+    if isinstance(error, apsw.Error):
+        return translate(error, path)
+    if isinstance(error, StoreError):
+        return type(error)(str(error))
+    return error

@@ -1,0 +1,130 @@
+"""Ponds for the queue suite: the same tests on every store, with a clock that the test owns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from millpond import Config, Keyring, Message, Pond, Queue
+from millpond.model.clock import ManualClock, SystemClock
+from millpond.stores.base import Store
+from millpond.stores.encrypted import EncryptedStore
+from millpond.stores.faulty import FaultyStore, Plan
+from millpond.stores.memory import MemoryStore
+from millpond.stores.sqlite import SqliteStore
+
+T = TypeVar("T")
+
+STORES = ("memory", "sqlite", "memory-encrypted", "sqlite-encrypted")
+QUIET_ROUNDS = 30
+"""Turns of the event loop without a store call under way, after which whatever could run has run."""
+
+
+class Busy:
+    """A store that knows how many calls are under way in it; everything else is the inner store's."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.under_way = 0
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        target = getattr(self.inner, name)
+        if not asyncio.iscoroutinefunction(target) or name in ("open", "close"):
+            return target
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            self.under_way += 1
+            self.calls.append(name)
+            try:
+                return await target(*args, **kwargs)
+            finally:
+                self.under_way -= 1
+
+        return call
+
+
+class World:
+    """One store, as many ponds on it as the test wants, and the time."""
+
+    def __init__(self, store: str, directory: Path) -> None:
+        self.store = store
+        self.encrypted = store.endswith("-encrypted")
+        self.clock = ManualClock()
+        self.path = directory / "pond.db"
+        self.keyring = Keyring({"old": bytes(32), "new": bytes(range(32))})
+        self._memory = MemoryStore(clock=self.clock)
+        self._made = 0
+        self.stores: list[Busy] = []
+
+    def handle(self) -> Store:
+        """A new handle on the bare store. What it waits for in there (locks) takes real time."""
+        if self.store.startswith("memory"):
+            return self._memory.share()
+        return SqliteStore(self.path, clock=SystemClock())
+
+    def pond(self, *, config: Config | None = None, plan: Plan | None = None) -> Pond:
+        """A pond on the store, to be used with ``async with``; `faults` has its calls when there is a ``plan``."""
+        store: Any = Busy(self.handle())
+        self.stores.append(store)
+        if self.encrypted:
+            store = EncryptedStore(store, self.keyring)
+        if plan is not None:
+            store = FaultyStore(store, plan)
+        self._made += 1
+        chance = random.Random(self._made)
+        return Pond(store, clock=self.clock, config=config, random_bytes=chance.randbytes)
+
+    @asynccontextmanager
+    async def queue(self, name: str = "orders", **options: Any) -> AsyncIterator[Queue]:
+        """A queue of a pond of its own."""
+        async with self.pond(**options) as pond:
+            yield pond.queue(name)
+
+    async def settle(self) -> None:
+        """Let everything run that can, until all of it waits for time or for somebody else."""
+        quiet = 0
+        while quiet < QUIET_ROUNDS:
+            await asyncio.sleep(0.0005 if any(store.under_way for store in self.stores) else 0)
+            quiet = 0 if any(store.under_way for store in self.stores) else quiet + 1
+
+    async def advance(self, seconds: float) -> None:
+        """Let time pass for everybody."""
+        await self.settle()
+        self.clock.advance(seconds)
+        await self.settle()
+
+    async def waiting(self, call: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """The call as a task, which by now waits for something."""
+        task = asyncio.ensure_future(call)
+        await self.settle()
+        assert not task.done(), f"it did not wait: {task}"
+        return task
+
+
+@pytest.fixture(params=STORES)
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    """A fresh store of each kind."""
+    return World(request.param, tmp_path)
+
+
+async def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
+    """Poll a condition that another thread or process makes true."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while not condition():
+        assert loop.time() < end, "it did not happen"
+        await asyncio.sleep(0.001)
+
+
+async def one(queue: Queue, **options: Any) -> Message:
+    """Receive a message that must be there."""
+    messages = await queue.receive(**options)
+    assert len(messages) == 1, f"expected one message, got {messages}"
+    return messages[0]

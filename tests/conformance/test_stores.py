@@ -1,0 +1,67 @@
+"""Every store against the suite that ships with the package."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from millpond.crypto.keyring import Keyring
+from millpond.model.clock import ManualClock, SystemClock
+from millpond.stores.base import Store
+from millpond.stores.conformance import CHECKS, Check
+from millpond.stores.encrypted import EncryptedStore
+from millpond.stores.memory import MemoryStore
+from millpond.stores.sqlite import SqliteStore
+
+
+class _Harness:
+    """Handles on one fresh store."""
+
+    shared = True
+    persistent = True
+
+    def __init__(self, make: Callable[[], Store]) -> None:
+        self._make = make
+
+    def handle(self) -> Store:
+        return self._make()
+
+
+def _memory(_: Path) -> Callable[[], Store]:
+    return MemoryStore(clock=ManualClock()).share
+
+
+def _sqlite(directory: Path) -> Callable[[], Store]:
+    # Waiting for another handle's lock takes real time.
+    return lambda: SqliteStore(directory / "pond.db", clock=SystemClock())
+
+
+def _encrypted(inner: Callable[[Path], Callable[[], Store]]) -> Callable[[Path], Callable[[], Store]]:
+    def store(directory: Path) -> Callable[[], Store]:
+        make, keyring = inner(directory), Keyring({"old": bytes(32), "new": bytes(range(32))})
+        return lambda: EncryptedStore(make(), keyring)
+
+    return store
+
+
+STORES: dict[str, Callable[[Path], Callable[[], Store]]] = {
+    "memory": _memory,
+    "sqlite": _sqlite,
+    "memory-encrypted": _encrypted(_memory),
+    "sqlite-encrypted": _encrypted(_sqlite),
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conformance(check: Check, store: str, tmp_path: Path) -> None:
+    asyncio.run(check(_Harness(STORES[store](tmp_path))))
+
+
+def test_checks_have_distinct_names() -> None:
+    names = [check.__name__ for check in CHECKS]
+    assert len(names) == len(set(names))
+    assert len(names) > 50

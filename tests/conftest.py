@@ -1,0 +1,39 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# No deadline per example: an fsync on a busy machine is not a bug. A failure prints what reproduces it.
+settings.register_profile("millpond", deadline=None, print_blob=True)
+settings.load_profile("millpond")
+
+HANG = 60.0
+"""Real seconds after which a coroutine test has hung. Nothing waits for it; it only ends what never would."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run coroutine tests, each on an event loop of its own, which must end with nothing left running on it."""
+    test = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(test):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    asyncio.run(_alone(test, arguments))
+    return True
+
+
+async def _alone(test: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    async with asyncio.timeout(HANG):
+        await test(**arguments)
+    left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and not task.done()]
+    assert not left, f"tasks left running: {left}"
+    assert not complaints, f"the event loop complained: {complaints}"

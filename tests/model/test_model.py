@@ -1,0 +1,40 @@
+"""What was acknowledged is never lost, what was acked never comes back, a stale lease changes nothing: tried with
+random steps on two ponds that share a store, beside a model.
+
+MILLPOND_MODEL_EXAMPLES sets how many sequences of steps are tried on each store, with fresh chance; without it a fixed
+set, the same in each run.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.model.machine import EncryptedMemoryMachine, EncryptedSqliteMachine, Machine, SqliteMachine
+
+LONG = int(os.environ.get("MILLPOND_MODEL_EXAMPLES", "0"))
+
+
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=LONG or examples,
+        stateful_step_count=60 if LONG else 40,
+        derandomize=not LONG,
+        deadline=None,
+        print_blob=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "examples"),
+    [(Machine, 100), (EncryptedMemoryMachine, 30), (SqliteMachine, 30), (EncryptedSqliteMachine, 15)],
+    ids=["memory", "memory-encrypted", "sqlite", "sqlite-encrypted"],
+)
+def test_queue_does_what_its_model_does(machine: type[Machine], examples: int) -> None:
+    run_state_machine_as_test(machine, settings=_settings(examples))
+    assert issubclass(machine, Machine)
