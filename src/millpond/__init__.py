@@ -1,10 +1,10 @@
 """Millpond: a durable, at-least-once message queue that lives in storage you already have.
 
-    async with millpond.connect("sqlite:///work.db") as pond:
-        orders = pond.queue("orders")
-        await orders.enqueue(b"…")
-        for message in await orders.receive(count=10, wait=5.0):
-            await message.ack()
+async with millpond.connect("sqlite:///work.db") as pond:
+    orders = pond.queue("orders")
+    await orders.enqueue(b"…")
+    for message in await orders.receive(count=10, wait=5.0):
+        await message.ack()
 """
 
 from __future__ import annotations

@@ -148,9 +148,7 @@ def due(status: Status) -> int:
 
 def new_status(now: int, delay: int, ttl: int | None) -> Status:
     """The status of a message as it is enqueued."""
-    return Status(
-        STATUS_FORMAT, now, now + delay, 0, 0, 0, now + ttl if ttl is not None else None, None, None, None
-    )
+    return Status(STATUS_FORMAT, now, now + delay, 0, 0, 0, now + ttl if ttl is not None else None, None, None, None)
 
 
 def _apply(
@@ -172,7 +170,13 @@ def _apply(
 
 
 def _changed(
-    change: Change, status: Status, now: int, visible_at: int | None, lease: Lease | None, error: Any, reason: str | None
+    change: Change,
+    status: Status,
+    now: int,
+    visible_at: int | None,
+    lease: Lease | None,
+    error: Any,
+    reason: str | None,
 ) -> Status:
     to, attempts, failures, rule, _ = change
     return Status(

@@ -124,9 +124,12 @@ class Message:
 
     @property
     def payload(self) -> bytes:
-        """The payload. Raises PayloadNotLoaded when it is stored apart (use `read` or `stream`)."""
+        """The payload. Raises PayloadNotLoaded when it is stored apart (use `read` or `stream`), and what reading it
+        raised when it cannot be read (Tampered, UnknownKey)."""
         payload = self._delivery.payload
         if payload is None:
+            if self._delivery.trouble is not None:
+                raise self._delivery.trouble
             record = self._known()
             raise PayloadNotLoaded(
                 f"the payload of {record.head.payload_size} bytes is stored apart; use message.stream() or message.read()"

@@ -19,7 +19,8 @@ from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
-from millpond.stores.base import Problem, QueueName, Store
+from millpond.stores.base import Box, Problem, QueueName, Store
+from millpond.stores.sealed import refuse_sealed
 
 if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
@@ -112,6 +113,12 @@ class Pond:
             raise StoreClosed("this pond was closed; connect again")
         if not self._opened:
             await self.store.open()
+            if not self.store.capabilities.encrypted:
+                try:
+                    await refuse_sealed(self.store)
+                except BaseException:
+                    await self.store.close()
+                    raise
             self._opened = True
             self._schedule_collection()
         return self
@@ -178,8 +185,6 @@ class Pond:
         return problems
 
     async def _verify_queue(self, name: QueueName) -> list[Problem]:
-        from millpond.stores.base import Box
-
         problems = []
         for box in Box:
             after: int | None = None
@@ -189,7 +194,9 @@ class Pond:
                     try:
                         record = self.service.record(stored)
                     except MillpondError as error:
-                        problems.append(Problem(f"message {stored.item.id} in {name.namespace}/{name.queue}", str(error)))
+                        problems.append(
+                            Problem(f"message {stored.item.id} in {name.namespace}/{name.queue}", str(error))
+                        )
                         continue
                     if record.head.id != stored.item.id or record.status.visible_at != stored.mark.due:
                         problems.append(
@@ -230,15 +237,18 @@ def connect(
     keyring: Keyring | None = None,
     config: Config | None = None,
     clock: Clock | None = None,
+    accept_plain: bool = False,
 ) -> Pond:
     """A pond on the store that ``url`` names; open it with ``async with``.
 
     ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``memory://``. With a ``keyring`` everything is encrypted
-    before it reaches the store. Raises InvalidInput for a URL that cannot be right; opening raises StoreError."""
+    before it reaches the store; ``accept_plain`` then lets in what is not encrypted yet, for the time in which
+    ``pond.rekey(encrypt_plain=True)`` encrypts an existing store. Raises InvalidInput for a URL that cannot be right;
+    opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
     clock = clock or SystemClock()
     store = open_store(url, clock)
     if keyring is not None:
         from millpond.stores.encrypted import EncryptedStore
 
-        store = EncryptedStore(store, keyring)
+        store = EncryptedStore(store, keyring, accept_plain=accept_plain)
     return Pond(store, clock=clock, config=config)

@@ -9,7 +9,7 @@ from millpond.errors import InvalidInput, MillpondError
 from millpond.message import Lease, Message, MessageView
 from millpond.model import names
 from millpond.model.message import DEFAULT_PRIORITY
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
 from millpond.service.consuming import Delivery
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.service import QueueService
@@ -63,10 +63,13 @@ class DeadLetters:
         start = None
         if after is not None:
             start = (await self._service.dead_letter(self._namespace, self._queue, after)).item.key
-        page = await self._service.list_messages(
-            self._namespace, self._queue, after=start, limit=limit, box=Box.DEAD
-        )
-        return [MessageView(self._service, record) for record in page.records]
+        while True:
+            page = await self._service.list_messages(
+                self._namespace, self._queue, after=start, limit=limit, box=Box.DEAD
+            )
+            if page.records or page.next_after is None:
+                return [MessageView(self._service, record) for record in page.records]
+            start = page.next_after  # A page of records that cannot be read; the next may have some that can.
 
     async def get(self, message_id: str) -> MessageView:
         """One dead letter. Raises MessageNotFound."""
@@ -164,7 +167,9 @@ class Queue:
             parsed = EnqueueOptions(**options) if options else DEFAULT_OPTIONS
         except TypeError as error:
             raise InvalidInput(f"enqueue_many: {error}") from error
-        if isinstance(payloads, (bytes, bytearray, memoryview, str)):
+        if isinstance(payloads, (bytes, bytearray, memoryview, str)) or not isinstance(
+            payloads, (Iterable, AsyncIterable)
+        ):
             raise InvalidInput("enqueue_many takes an iterable of payloads, not one payload")
         receipts: list[Receipt] = []
         chunk: list[Any] = []
@@ -203,14 +208,13 @@ class Queue:
         Returns as soon as there is one. ``visibility``: seconds until the leases end, None for the messages' own.
         ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
         service = self._service
+        patience = milliseconds(wait, "wait") / 1000
         deliveries = await service.claim(self.namespace, self.name, count, visibility=visibility, owner=owner)
-        if not deliveries and wait > 0:
-            deliveries = await self._wait(count, wait, visibility, owner)
+        if not deliveries and patience:
+            deliveries = await self._wait(count, patience, visibility, owner)
         return [Message(service, delivery) for delivery in deliveries]
 
-    async def _wait(
-        self, count: int, wait: float, visibility: float | None, owner: str | None
-    ) -> list[Delivery]:
+    async def _wait(self, count: int, wait: float, visibility: float | None, owner: str | None) -> list[Delivery]:
         clock = self._service.clock
         end = clock.monotonic() + wait
         while (remaining := end - clock.monotonic()) > 0:
@@ -247,7 +251,7 @@ class Queue:
     def handle(self, message_id: str, lease_id: str, token: Any) -> Message:
         """A message held by this lease, to be answered from here: for answers that arrive by another way than the
         delivery (a command line, a web request). Nothing is read; a wrong lease shows in the answer."""
-        if not isinstance(token, int) or token < 1:
+        if token.__class__ is not int or token < 1:
             raise InvalidInput("a fencing token is a whole number greater than 0")
         id = names.message_id(message_id)
         return Message(self._service, Delivery(self.namespace, self.name, id, lease_id, token))
@@ -259,9 +263,7 @@ class Queue:
         service = self._service
         counts = await service.counts(self.namespace, self.name)
         age = None if counts.oldest_due is None else max(0.0, (service.clock.now_ms() - counts.oldest_due) / 1000)
-        return QueueCounts(
-            counts.ready, counts.delayed, counts.leased, counts.blocked, counts.dead, counts.bytes, age
-        )
+        return QueueCounts(counts.ready, counts.delayed, counts.leased, counts.blocked, counts.dead, counts.bytes, age)
 
     async def get(self, message_id: str) -> MessageView:
         """Any message of the queue, live or dead. Raises MessageNotFound."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.model.model import LeaseIsLost, Model, Msg, NotAllowed, require
 
 from millpond.crypto.keyring import Keyring
 from millpond.errors import LeaseLost, MessageNotFound
@@ -28,7 +29,6 @@ from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.memory import MemoryStore
 from millpond.stores.sqlite import SqliteStore
 from millpond.testing import TestPond, pond
-from tests.model.model import LeaseIsLost, Model, Msg, NotAllowed, require
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-
 from tests.model.machine import EncryptedMemoryMachine, EncryptedSqliteMachine, Machine, SqliteMachine
 
 LONG = int(os.environ.get("MILLPOND_MODEL_EXAMPLES", "0"))

@@ -18,10 +18,8 @@ from collections.abc import Callable
 import msgspec
 
 from millpond.crypto.envelope import VAULT, Envelope
+from millpond.crypto.place import PLACE
 from millpond.errors import StoreMismatch, Tampered
-
-PLACE = ("~millpond", "~vault")
-"""Namespace and queue of the vault among the queues' documents. None can be named so: ``~`` is refused in names."""
 
 FORMAT = 1
 _KEY_BYTES = 32

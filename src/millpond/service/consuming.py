@@ -28,7 +28,7 @@ from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy
 from millpond.service.core import ATTEMPTS, QueueKey
 from millpond.service.producing import Enqueued, Producing
 from millpond.service.ready import ReadyCache, Record
-from millpond.stores.base import Conflict, DropState, Op, Outcome, Remove, Removed, Updated
+from millpond.stores.base import Conflict, DropState, Item, Op, Outcome, Remove, Removed, Updated
 
 log = logging.getLogger("millpond.service")
 
@@ -39,7 +39,7 @@ HAND_OUT_LIMIT = 30_000
 class Delivery:
     """One delivery of a message, and the right to answer for it."""
 
-    __slots__ = ("id", "lease_id", "namespace", "payload", "queue", "record", "token")
+    __slots__ = ("id", "lease_id", "namespace", "payload", "queue", "record", "token", "trouble")
 
     def __init__(
         self,
@@ -60,6 +60,8 @@ class Delivery:
         """As last seen or written by this holder; None when it has to be read first."""
         self.payload = payload
         """The inline payload; None when it is stored apart or was not loaded."""
+        self.trouble: MillpondError | None = None
+        """Why the payload cannot be read, if it cannot."""
 
 
 class HandOff(NamedTuple):
@@ -102,8 +104,8 @@ class Consuming(Producing):
         """
         key = self.key(namespace, queue)
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
-        if limit < 1:
-            raise InvalidInput("a claim is for at least one message")
+        if limit.__class__ is not int or limit < 1:
+            raise InvalidInput(f"count must be a whole number, at least one, not {limit!r}")
         cache = self.cache(key)
         defaults = self.defaults_at_hand(key)
         try:
@@ -217,21 +219,26 @@ class Consuming(Producing):
                 self.on_due(item.namespace, item.queue, status.visible_at)
                 payload = record.payload if record.payload is not None else outcome.payload
                 leased = Record(item, outcome.mark, record.head, status)
-                deliveries.append(
-                    Delivery(
-                        item.namespace,
-                        item.queue,
-                        item.id,
-                        status.lease.id,
-                        status.lease.token,
-                        leased,
-                        None if item.external else payload,
-                    )
-                )
+                lease = status.lease
+                delivery = Delivery(item.namespace, item.queue, item.id, lease.id, lease.token, leased)
+                deliveries.append(delivery)
+                if item.external:
+                    continue
+                delivery.payload = payload
+                if payload is None:
+                    await self._load_payload(delivery, item)
             else:
                 self.gone(item)
                 self._log_end(record, verdict)
         return lost
+
+    async def _load_payload(self, delivery: Delivery, item: Item) -> None:
+        """The store handed out the message without its payload: ask for it, and keep the reason if it cannot be read.
+        The message is the consumer's all the same, who meets the error when it looks at the payload, and nacks."""
+        try:
+            delivery.payload = await self.store.payload(item)
+        except MillpondError as error:
+            delivery.trouble = error
 
     def _log_end(self, record: Record, verdict: lifecycle.Verdict) -> None:
         item = record.item
@@ -407,12 +414,13 @@ class Consuming(Producing):
             error = f"{type(error).__name__}: {error}"
         limit = self.config.max_error_bytes
         try:
-            size = len(msgspec.msgpack.encode(error))
+            encoded = msgspec.msgpack.encode(error)
         except (TypeError, ValueError, OverflowError, RecursionError) as cause:
             raise InvalidInput(f"the error cannot be encoded: {cause}") from cause
-        if size > limit:
-            raise TooLarge(f"the error takes {size} bytes, more than the limit of {limit}; shorten it")
-        return error
+        if len(encoded) > limit:
+            raise TooLarge(f"the error takes {len(encoded)} bytes, more than the limit of {limit}; shorten it")
+        # As it will be read back, for those who get it from this process's cache.
+        return error if isinstance(error, str) else msgspec.msgpack.decode(encoded)
 
     def _nack_plan(
         self, delivery: Delivery, record: Record | None, delay: int, error: Any, policy: QueuePolicy
@@ -484,9 +492,7 @@ class Consuming(Producing):
     async def defer_many(self, deliveries: Sequence[Delivery], *, delay: float = 0.0) -> list[MillpondError | None]:
         """Defer each on its own, in shared writes."""
         wait = milliseconds(delay, "delay")
-        return await self._answer_many(
-            deliveries, lambda delivery, record: self._defer_plan(delivery, record, wait)
-        )
+        return await self._answer_many(deliveries, lambda delivery, record: self._defer_plan(delivery, record, wait))
 
     def _extend_plan(self, delivery: Delivery, record: Record | None, extension: int) -> Plan:
         status = lifecycle.extend(
@@ -521,9 +527,7 @@ class Consuming(Producing):
         kept = self.error_value(error)
 
         def decide(record: Record | None) -> Plan:
-            lifecycle.check_lease(
-                None if record is None else record.status, delivery.lease_id, delivery.token
-            )
+            lifecycle.check_lease(None if record is None else record.status, delivery.lease_id, delivery.token)
             assert record is not None
             status = lifecycle.bury(record.status, self.clock.now_ms(), reason, error=kept)
             return self._changed_plan(delivery, record, status)

@@ -446,5 +446,3 @@ class Dispatcher:
             self._stop_watching(state)
         elif state.linger is None:
             state.linger = self._clock.call_later(LINGER, forget)
-
-

@@ -114,9 +114,7 @@ async def prepare(source: Any, *, inline_limit: int, limit: int) -> Inline | Str
         source = bytes(source)
     if isinstance(source, bytes):
         if len(source) > limit:
-            raise TooLarge(
-                f"the payload has {len(source)} bytes, more than the limit of {limit}; nothing was enqueued"
-            )
+            raise TooLarge(f"the payload has {len(source)} bytes, more than the limit of {limit}; nothing was enqueued")
         return Inline(source) if len(source) <= inline_limit else Streamed(_byte_chunks(source))
     if isinstance(source, str):
         raise InvalidInput("a payload is bytes; for text use millpond.text(…), for objects millpond.json(…)")

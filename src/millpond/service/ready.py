@@ -186,9 +186,7 @@ class ReadyCache:
         if self.next_due is None or due < self.next_due:
             self.next_due = due
 
-    def fill(
-        self, records: list[Record], *, more: bool, next_due: int | None, monotonic: float, seen: int = 0
-    ) -> None:
+    def fill(self, records: list[Record], *, more: bool, next_due: int | None, monotonic: float, seen: int = 0) -> None:
         """Take over what a refill found: it replaces what was cached (except what is being handed out).
 
         ``seen``: the latest insertion key among all that it read."""

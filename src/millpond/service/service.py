@@ -17,8 +17,8 @@ from millpond.errors import InvalidInput, LeaseLost, MessageNotFound, MillpondEr
 from millpond.model import names
 from millpond.model.message import Lease, Status
 from millpond.service.config import QueuePolicy, milliseconds
-from millpond.service.consuming import HAND_OUT_LIMIT, Delivery
-from millpond.service.core import ATTEMPTS, Core, QueueKey, log
+from millpond.service.consuming import Delivery
+from millpond.service.core import ATTEMPTS, QueueKey, log
 from millpond.service.ready import ReadyCacheStats, Record
 from millpond.service.states import States
 from millpond.stores.base import Box, Conflict, Counts, Op, QueueName, Remove, Removed, Updated
@@ -367,5 +367,3 @@ class QueueService(States):
         """Wait for background work of this service to end."""
         while self.tasks:
             await asyncio.gather(*self.tasks, return_exceptions=True)
-
-

@@ -7,7 +7,15 @@ from typing import Any, Final
 import msgspec
 
 from millpond import lifecycle
-from millpond.errors import InvalidInput, MessageNotFound, StateConflict, StoreCorrupt, StoreError, StoreMismatch, TooLarge
+from millpond.errors import (
+    InvalidInput,
+    MessageNotFound,
+    StateConflict,
+    StoreCorrupt,
+    StoreError,
+    StoreMismatch,
+    TooLarge,
+)
 from millpond.service.consuming import Consuming, Delivery
 from millpond.service.core import ATTEMPTS
 from millpond.service.ready import Record
@@ -79,9 +87,10 @@ class States(Consuming):
         record = delivery.record
         if record is None:
             record = await self.load(delivery.namespace, delivery.queue, delivery.id)
-            delivery.record = record
         lifecycle.check_lease(None if record is None else record.status, delivery.lease_id, delivery.token)
         assert record is not None
+        # Only now: a record under somebody else's lease is none of this delivery's.
+        delivery.record = record
         return record
 
     async def save_state(self, delivery: Delivery, value: Any, *, etag: str | None = WHATEVER) -> str:
@@ -117,6 +126,9 @@ class States(Consuming):
             if existing is None:
                 if etag != WHATEVER:
                     raise StateConflict(f"message {delivery.id} has no state (any more)")
+                # No write will tell whether the lease still is the current one.
+                delivery.record = None
+                await self._held(delivery)
                 return
             expect = existing.etag if etag == WHATEVER else etag
             if await self._write_state(delivery, DropState(record.item, record.mark, expect), etag) is not None:

@@ -52,6 +52,8 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     inline_limit: int
     """Largest payload, bytes, that belongs in the record; larger ones go to a blob."""
     requests_cost_money: bool = False
+    encrypted: bool = False
+    """What it stores is unreadable without its keyring."""
 
 
 class Item(msgspec.Struct, frozen=True):

@@ -39,7 +39,8 @@ from millpond.crypto.envelope import (
     is_sealed,
 )
 from millpond.crypto.keyring import Keyring
-from millpond.crypto.vault import PLACE, Index, Vault
+from millpond.crypto.place import PLACE
+from millpond.crypto.vault import Index, Vault
 from millpond.errors import MessageNotFound, MillpondError, StoreBusy, StoreClosed, StoreMismatch, UnknownKey
 from millpond.stores.base import (
     Blob,
@@ -81,12 +82,6 @@ MAX_REMEMBERED = 10_000
 """Unreadable records remembered as reported; the oldest are forgotten, and reported anew when met again."""
 
 
-async def refuse_sealed(store: Store) -> None:
-    """For those who open a store without a keyring: raises UnknownKey when it is encrypted."""
-    if await store.document(*PLACE) is not None:
-        raise UnknownKey("this store is encrypted; give a keyring (MILLPOND_KEYRING, or keyring=…)")
-
-
 class EncryptedStore:
     """``inner``, encrypted under ``keyring``.
 
@@ -108,7 +103,7 @@ class EncryptedStore:
     @property
     def capabilities(self) -> Capabilities:
         """The inner store's. ``inline_limit`` is about plaintext; what is stored is some 50 bytes more."""
-        return self.inner.capabilities
+        return msgspec.structs.replace(self.inner.capabilities, encrypted=True)
 
     async def open(self) -> None:
         """Open the inner store and its vault; make one in an empty store.

@@ -48,6 +48,7 @@ from millpond.stores.base import (
     Update,
     Updated,
 )
+from millpond.stores.memory_queue import QueueRecords, Record, differences
 from millpond.stores.ordered import SortedSet
 
 INLINE_LIMIT = 65536
@@ -58,147 +59,15 @@ _CHUNK = 1 << 20
 _Undo = list[Callable[[], None]]
 
 
-class _Record:
-    """A stored record. The indexes of its `_Queue` mirror ``item``, ``mark`` and ``blocked``."""
-
-    __slots__ = ("blocked", "head", "item", "mark", "payload", "state", "state_version", "status", "version")
-
-    def __init__(self, item: Item, mark: Mark, head: bytes, status: bytes, payload: bytes) -> None:
-        self.item = item
-        self.mark = mark
-        self.version = 1
-        self.head = head
-        self.status = status
-        self.payload = payload
-        self.state: bytes | None = None
-        self.state_version = 0
-        """Only grows, also over a delete of the state, so that no state ETag comes back."""
-        self.blocked = False
-
-    def stored(self, payload: bool = False) -> Stored:
-        return Stored(self.item, self.mark, self.head, self.status, self.payload if payload else None)
-
-
-class _Queue:
-    """The records of one queue and their orders. Entries are (due, key) or keys."""
-
-    def __init__(self) -> None:
-        self.by_key: dict[int, _Record] = {}
-        self.by_id: dict[str, _Record] = {}
-        self.boxes: dict[Box, SortedSet[int]] = {box: SortedSet() for box in Box}
-        self.lines: dict[int, SortedSet[tuple[int, ...]]] = {}
-        """priority → live records that no group blocks, leased or not."""
-        self.leased: SortedSet[tuple[int, ...]] = SortedSet()
-        """Those in ``lines`` that are leased."""
-        self.blocked_leased: SortedSet[tuple[int, ...]] = SortedSet()
-        """Leased ones that their group blocks: an earlier dead letter of the group came back."""
-        self.blocked = 0
-        self.groups: dict[str, SortedSet[int]] = {}
-        self.bytes = 0
-        self.unique: dict[str, tuple[int, str]] = {}
-        """unique key → (until, message id)."""
-        self.document: bytes | None = None
-        self.document_version = 0
-
-    @property
-    def holds_something(self) -> bool:
-        return bool(self.by_key) or self.document is not None
-
-    def add(self, record: _Record) -> None:
-        self.by_key[record.item.key] = self.by_id[record.item.id] = record
-        self._enter(record)
-
-    def discard(self, record: _Record) -> None:
-        self._leave(record)
-        del self.by_key[record.item.key], self.by_id[record.item.id]
-
-    def replace(self, record: _Record, mark: Mark, version: int, status: bytes) -> None:
-        """The new version of a record; the only way to change its mark."""
-        moved = mark.box is not record.mark.box
-        if moved:
-            self._leave(record)
-        else:
-            self._unindex(record)
-        record.mark, record.version, record.status = mark, version, status
-        if moved:
-            self._enter(record)
-        else:
-            self._index(record)
-
-    def _enter(self, record: _Record) -> None:
-        item = record.item
-        self.boxes[record.mark.box].add(item.key)
-        record.blocked = False
-        if record.mark.box is Box.LIVE:
-            self.bytes += item.size
-            if item.group is not None:
-                group = self.groups.setdefault(item.group, SortedSet())
-                head = group.first
-                group.add(item.key)
-                if head is not None:
-                    if head < item.key:
-                        record.blocked = True
-                    else:
-                        self._block(self.by_key[head], True)
-        self._index(record)
-
-    def _leave(self, record: _Record) -> None:
-        self._unindex(record)
-        item = record.item
-        self.boxes[record.mark.box].remove(item.key)
-        if record.mark.box is Box.LIVE:
-            self.bytes -= item.size
-            if item.group is not None:
-                group = self.groups[item.group]
-                group.remove(item.key)
-                head = group.first
-                if head is None:
-                    del self.groups[item.group]
-                elif not record.blocked:
-                    self._block(self.by_key[head], False)
-
-    def _block(self, record: _Record, blocked: bool) -> None:
-        self._unindex(record)
-        record.blocked = blocked
-        self._index(record)
-
-    def _index(self, record: _Record) -> None:
-        mark = record.mark
-        if mark.box is not Box.LIVE:
-            return
-        entry = (mark.due, record.item.key)
-        if record.blocked:
-            self.blocked += 1
-        else:
-            self.lines.setdefault(record.item.priority, SortedSet()).add(entry)
-        if mark.leased:
-            (self.blocked_leased if record.blocked else self.leased).add(entry)
-
-    def _unindex(self, record: _Record) -> None:
-        mark = record.mark
-        if mark.box is not Box.LIVE:
-            return
-        entry = (mark.due, record.item.key)
-        if record.blocked:
-            self.blocked -= 1
-        else:
-            line = self.lines[record.item.priority]
-            line.remove(entry)
-            if not line:
-                del self.lines[record.item.priority]
-        if mark.leased:
-            (self.blocked_leased if record.blocked else self.leased).remove(entry)
-
-
 class _Data:
     """What the handles of one memory store share."""
 
     def __init__(self) -> None:
-        self.queues: dict[QueueName, _Queue] = {}
+        self.queues: dict[QueueName, QueueRecords] = {}
         self.last_key = 0
         self.expiring: SortedSet[tuple[int, ...]] = SortedSet()
         """(expires, key) of live records that expire."""
-        self.expiring_queue: dict[int, _Queue] = {}
+        self.expiring_queue: dict[int, QueueRecords] = {}
         self.ending: SortedSet[tuple[Any, ...]] = SortedSet()
         """(until, namespace, queue, unique key)."""
         self.blobs: dict[tuple[str, str, str], tuple[bytes, int]] = {}
@@ -341,7 +210,7 @@ class MemoryStore:
         name = QueueName(item.namespace, item.queue)
         queue = data.queues.get(name)
         if queue is None:
-            queue = data.queues[name] = _Queue()
+            queue = data.queues[name] = QueueRecords()
         if item.id in queue.by_id:
             return Conflict(Cause.EXISTS, item.id)
         if op.unique is not None:
@@ -350,7 +219,7 @@ class MemoryStore:
                 return Conflict(Cause.UNIQUE, taken[1])
             self._set_unique(name, queue, op.unique, item.id, undo)
         data.last_key += 1
-        record = _Record(
+        record = Record(
             msgspec.structs.replace(item, key=data.last_key),
             Mark("1", op.due, False, op.expires, Box.LIVE),
             op.head,
@@ -362,7 +231,7 @@ class MemoryStore:
         changed.add(Change(*name))
         return Inserted(record.item, record.mark)
 
-    def _set_unique(self, name: QueueName, queue: _Queue, unique: Unique, id: str, undo: _Undo) -> None:
+    def _set_unique(self, name: QueueName, queue: QueueRecords, unique: Unique, id: str, undo: _Undo) -> None:
         def put(entry: tuple[int, str] | None) -> None:
             present = queue.unique.pop(unique.key, None)
             if present is not None:
@@ -375,7 +244,7 @@ class MemoryStore:
         put((unique.until, id))
         undo.append(lambda: put(before))
 
-    def _find(self, item: Item, mark: Mark) -> tuple[_Queue, _Record] | Conflict:
+    def _find(self, item: Item, mark: Mark) -> tuple[QueueRecords, Record] | Conflict:
         queue = self._data.queues.get(QueueName(item.namespace, item.queue))
         record = queue.by_key.get(item.key) if queue is not None else None
         if queue is None or record is None:
@@ -459,7 +328,7 @@ class MemoryStore:
         before, version = (queue.document, queue.document_version) if queue is not None else (None, 0)
         if op.expect != (None if before is None else str(version)):
             return Conflict(Cause.STATE)
-        target = self._data.queues.setdefault(name, _Queue())
+        target = self._data.queues.setdefault(name, QueueRecords())
 
         def put(data: bytes | None, version: int) -> None:
             target.document, target.document_version = data, version
@@ -471,25 +340,25 @@ class MemoryStore:
 
     # The queue's own indexes and the one over all queues, kept in step
 
-    def _add(self, queue: _Queue, record: _Record) -> None:
+    def _add(self, queue: QueueRecords, record: Record) -> None:
         queue.add(record)
         self._index_expiry(queue, record)
 
-    def _discard(self, queue: _Queue, record: _Record) -> None:
+    def _discard(self, queue: QueueRecords, record: Record) -> None:
         self._unindex_expiry(record)
         queue.discard(record)
 
-    def _replace(self, queue: _Queue, record: _Record, mark: Mark, version: int, status: bytes) -> None:
+    def _replace(self, queue: QueueRecords, record: Record, mark: Mark, version: int, status: bytes) -> None:
         self._unindex_expiry(record)
         queue.replace(record, mark, version, status)
         self._index_expiry(queue, record)
 
-    def _index_expiry(self, queue: _Queue, record: _Record) -> None:
+    def _index_expiry(self, queue: QueueRecords, record: Record) -> None:
         if record.mark.expires is not None and record.mark.box is Box.LIVE:
             self._data.expiring.add((record.mark.expires, record.item.key))
             self._data.expiring_queue[record.item.key] = queue
 
-    def _unindex_expiry(self, record: _Record) -> None:
+    def _unindex_expiry(self, record: Record) -> None:
         if record.mark.expires is not None and record.mark.box is Box.LIVE:
             self._data.expiring.remove((record.mark.expires, record.item.key))
             del self._data.expiring_queue[record.item.key]
@@ -544,7 +413,7 @@ class MemoryStore:
         record = self._record(item)
         return record.payload if record is not None else None
 
-    def _record(self, item: Item) -> _Record | None:
+    def _record(self, item: Item) -> Record | None:
         queue = self._data.queues.get(QueueName(item.namespace, item.queue))
         return queue.by_key.get(item.key) if queue is not None else None
 
@@ -638,7 +507,7 @@ class MemoryStore:
         ending: set[tuple[Any, ...]] = set()
         for name, queue in self._data.queues.items():
             where = f"queue {name.namespace}/{name.queue}"
-            problems += [Problem(where, what) for what in _differences(queue)]
+            problems += [Problem(where, what) for what in differences(queue)]
             ending |= {(until, *name, key) for key, (until, _) in queue.unique.items()}
             for record in queue.by_key.values():
                 item = record.item
@@ -700,28 +569,4 @@ class MemoryStore:
         return Page(records, None)
 
 
-_EMPTY = _Queue()
-
-
-def _differences(queue: _Queue) -> list[str]:
-    """What is wrong with a queue's indexes, by building them anew."""
-    fresh = _Queue()
-    for record in sorted(queue.by_key.values(), key=lambda record: record.item.key):
-        copy = _Record(record.item, record.mark, b"", b"", b"")
-        fresh.add(copy)
-        if copy.blocked != record.blocked:
-            return [f"message {record.item.id} is wrongly {'' if record.blocked else 'not '}blocked"]
-    wrong = []
-    if {record.item.id for record in queue.by_key.values()} != set(queue.by_id):
-        wrong.append("ids and keys differ")
-    for what, mine, theirs in (
-        ("boxes", queue.boxes, fresh.boxes),
-        ("order of hand-out", queue.lines, fresh.lines),
-        ("ordering groups", queue.groups, fresh.groups),
-        ("leased records", {0: queue.leased, 1: queue.blocked_leased}, {0: fresh.leased, 1: fresh.blocked_leased}),
-    ):
-        if {key: list(values) for key, values in mine.items()} != {key: list(values) for key, values in theirs.items()}:
-            wrong.append(f"the index of {what} is not that of the records")
-    if (queue.bytes, queue.blocked) != (fresh.bytes, fresh.blocked):
-        wrong.append("the counters are not those of the records")
-    return wrong
+_EMPTY = QueueRecords()

@@ -107,24 +107,22 @@ class World:
         assert not task.done(), f"it did not wait: {task}"
         return task
 
+    async def eventually(self, condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
+        """Poll a condition that another thread makes true, or another pond over the change feed."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while not condition():
+            assert loop.time() < end, "it did not happen"
+            await asyncio.sleep(0.001)
+
+    async def one(self, queue: Queue, **options: Any) -> Message:
+        """Receive a message that must be there."""
+        messages = await queue.receive(**options)
+        assert len(messages) == 1, f"expected one message, got {messages}"
+        return messages[0]
+
 
 @pytest.fixture(params=STORES)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     """A fresh store of each kind."""
     return World(request.param, tmp_path)
-
-
-async def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
-    """Poll a condition that another thread or process makes true."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    while not condition():
-        assert loop.time() < end, "it did not happen"
-        await asyncio.sleep(0.001)
-
-
-async def one(queue: Queue, **options: Any) -> Message:
-    """Receive a message that must be there."""
-    messages = await queue.receive(**options)
-    assert len(messages) == 1, f"expected one message, got {messages}"
-    return messages[0]

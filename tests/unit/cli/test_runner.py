@@ -558,7 +558,7 @@ def test_a_process_left_behind_with_the_pipes_open_holds_nothing_up(use: Use) ->
     async def test(bench: Bench) -> None:
         await bench.queue.enqueue(b"x")
         began = asyncio.get_running_loop().time()
-        tally = await bench.run("sh", "-c", 'sleep 5 & echo left >&2; exit 0')
+        tally = await bench.run("sh", "-c", "sleep 5 & echo left >&2; exit 0")
         assert tally.acked == 1
         assert asyncio.get_running_loop().time() - began < 4
 

@@ -65,7 +65,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "text"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("arguments", "text"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_wrong_usage_is_one_line_and_code_2(run: Run, tmp_path: Path, arguments: list[str], text: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2, result.output
@@ -172,9 +174,7 @@ def test_an_os_error_is_told_without_its_number() -> None:
 
 
 @pytest.mark.parametrize("where", ["before", "after", "both", "environment"])
-def test_global_options_before_and_after_the_command(
-    run: Run, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_global_options_before_and_after_the_command(run: Run, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     seen: list[Settings] = []
 
     def open_(self: Settings) -> None:
@@ -228,7 +228,7 @@ def test_without_a_command_the_help_is_shown_as_wrong_usage(run: Run, arguments:
 
 
 def test_attributes_from_pairs_and_json() -> None:
-    found = parse_attributes('{"a": 1, "b": [2]}', ("a=text", "n:=3", "empty=", "eq=x=y", "o:={\"k\": null}"))
+    found = parse_attributes('{"a": 1, "b": [2]}', ("a=text", "n:=3", "empty=", "eq=x=y", 'o:={"k": null}'))
     assert found == {"a": "text", "b": [2], "n": 3, "empty": "", "eq": "x=y", "o": {"k": None}}
     assert parse_attributes(None, ()) == {}
 

@@ -47,8 +47,9 @@ from millpond.stores.base import (
     Update,
     Updated,
 )
-from millpond.stores.encrypted import EncryptedStore, refuse_sealed
+from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.memory import MemoryStore
+from millpond.stores.sealed import refuse_sealed
 
 RING = Keyring({"a": bytes(range(32))})
 OTHER = Keyring({"b": b"\x07" * 32})

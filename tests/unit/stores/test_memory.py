@@ -125,7 +125,7 @@ def _break_counter(one: MemoryStore) -> None:
 
 def _break_block(one: MemoryStore) -> None:
     queue = next(iter(one._data.queues.values()))
-    queue._block(queue.by_key[2], False)
+    queue.block(queue.by_key[2], False)
 
 
 def _break_expiry(one: MemoryStore) -> None:

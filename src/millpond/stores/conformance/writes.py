@@ -104,9 +104,13 @@ async def existing_id_is_refused(harness: Harness) -> None:
 async def keys_rise_with_insertion(harness: Harness) -> None:
     """A later insert has a larger key, within a call and between calls."""
     async with opened(harness) as store:
-        keys = [record.item.key for number in (9, 3, 5) for record in await put(
-            store, insertion(number), insertion(number + 1, queue="p"), insertion(number + 100, due=NOW - 9)
-        )]
+        keys = [
+            record.item.key
+            for number in (9, 3, 5)
+            for record in await put(
+                store, insertion(number), insertion(number + 1, queue="p"), insertion(number + 100, due=NOW - 9)
+            )
+        ]
         same(keys, sorted(set(keys)), "keys in the order of insertion")
 
 
