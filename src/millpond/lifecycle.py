@@ -85,7 +85,7 @@ TABLE: dict[tuple[State, Event], Change] = {
     (State.LAPSED, Event.DEFER): Change(State.DELAYED, 0, 0, LeaseRule.CLEAR, "now + delay"),
     (State.LEASED, Event.EXTEND): Change(State.LEASED, 0, 0, LeaseRule.RENEW, "now + extension"),
     (State.LAPSED, Event.EXTEND): Change(State.LEASED, 0, 0, LeaseRule.RENEW, "now + extension"),
-    # Exhaustion: the failure that used up the budget has been counted by the nack, or is counted here for a lapsed lease.
+    # Exhaustion counts the failure that used up the budget: the holder's nack, or the lease that ran out.
     (State.LEASED, Event.EXHAUST): Change(State.DEAD, 0, 1),
     (State.LAPSED, Event.EXHAUST): Change(State.DEAD, 0, 1),
     (State.READY, Event.EXHAUST): Change(State.DEAD),
@@ -355,7 +355,7 @@ def annotate(status: Status, now: int, error: Any) -> Status:
 
 
 def redrive(head: Head, status: Status, now: int) -> Status:
-    """Out of the dead letters, with a new budget and a new time to live; the token goes on growing from where it was."""
+    """Out of the dead letters, with a new budget and a new time to live; the token goes on growing."""
     fresh = _apply(Event.REDRIVE, status, now, visible_at=now)
     if head.ttl is None:
         return fresh

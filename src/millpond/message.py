@@ -132,7 +132,7 @@ class Message:
                 raise self._delivery.trouble
             record = self._known()
             raise PayloadNotLoaded(
-                f"the payload of {record.head.payload_size} bytes is stored apart; use message.stream() or message.read()"
+                f"the payload of {record.head.payload_size} bytes is stored apart; use message.stream() or read()"
             )
         return payload
 
@@ -233,7 +233,7 @@ class Message:
         return payloads.decode(self.payload, self.content_type, object)
 
     def decode(self, type: type[T]) -> T:
-        """The payload as ``type``: a msgspec Struct, a dataclass, or any type that msgspec decodes. Raises InvalidInput."""
+        """The payload as ``type``: a msgspec Struct, a dataclass, whatever msgspec decodes. Raises InvalidInput."""
         return payloads.decode(self.payload, self.content_type, type)
 
     # Answers

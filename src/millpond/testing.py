@@ -22,7 +22,7 @@ from millpond.stores.memory import MemoryStore
 __all__ = ["ManualClock", "TestPond", "pond"]
 
 SETTLE_ROUNDS = 50
-"""Turns of the event loop that `settle` gives the tasks that are under way; the longest chain on memory takes about ten."""
+"""Turns of the event loop that `settle` gives the tasks under way; the longest chain on memory takes about ten."""
 
 
 class TestPond(Pond):
@@ -53,7 +53,7 @@ class TestPond(Pond):
 def pond(
     *, store: Store | None = None, clock: ManualClock | None = None, config: Config | None = None, seed: int = 0
 ) -> TestPond:
-    """A pond on memory (or on ``store``, which must use the same ``clock``), with repeatable ids: use ``async with``."""
+    """A pond on memory (or on ``store``, which must use the same ``clock``), with repeatable ids; ``async with`` it."""
     clock = clock or ManualClock()
     source = random.Random(seed)
     made: Clock = clock

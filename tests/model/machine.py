@@ -49,7 +49,7 @@ CONFIG = Config(
 KEYRING = Keyring({"old": bytes(32), "new": bytes(range(32))})
 
 SECONDS = st.sampled_from([0.001, 0.05, 0.5, 1.0, 3.0, 10.0, 40.0])
-DELAYS = st.sampled_from([0.0, 0.0, 0.0, 0.001, 0.5, 1.0, 10.0])
+DELAYS = st.sampled_from([0.0, 0.0, 0.0, 0.0, 0.001, 0.5, 1.0, 10.0])
 WHICH = st.integers(0, 1)
 NTH = st.integers(0, 10_000)
 PAYLOADS = st.one_of(st.binary(max_size=8), st.sampled_from([b"", b"x" * INLINE, b"y" * (INLINE + 1), b"z" * 300]))
@@ -66,10 +66,14 @@ ENQUEUES = st.fixed_dictionaries(
         "ordering_key": st.sampled_from(["g", "h"]),
     },
 )
+NACKS = st.tuples(st.just("nack"), DELAYS, st.sampled_from([None, "boom", {"code": 7}]))
+DEFERS = st.tuples(st.just("defer"), DELAYS)
 ANSWERS = st.one_of(
     st.just(("ack",)),
-    st.tuples(st.just("nack"), DELAYS, st.sampled_from([None, "boom", {"code": 7}])),
-    st.tuples(st.just("defer"), DELAYS),
+    NACKS,
+    NACKS,
+    DEFERS,
+    DEFERS,
     st.tuples(st.just("extend"), SECONDS),
     st.tuples(st.just("bury"), st.just("by hand")),
     st.tuples(st.just("save"), st.integers(0, 9)),
@@ -148,8 +152,14 @@ class Machine(RuleBasedStateMachine):
         """The other pond's ready cache does not know of it."""
         self.exact[1 - which] = False
 
-    @initialize(keep_expired=st.booleans(), keep_exhausted=st.booleans())
-    def start(self, keep_expired: bool, keep_exhausted: bool) -> None:
+    @initialize(
+        keep_expired=st.booleans(),
+        keep_exhausted=st.sampled_from([True, True, False]),
+        first=st.lists(st.tuples(WHICH, PAYLOADS, ENQUEUES), min_size=3, max_size=10),
+    )
+    def start(
+        self, keep_expired: bool, keep_exhausted: bool, first: list[tuple[int, bytes, dict[str, Any]]]
+    ) -> None:
         self.model.keep_expired, self.model.keep_exhausted = keep_expired, keep_exhausted
         self.ponds = [self.open(), self.open()]
         self.store = self.make_store()
@@ -160,6 +170,9 @@ class Machine(RuleBasedStateMachine):
                 on_exhausted="dead_letter" if keep_exhausted else "discard",
             )
         )
+        # Not left to the rules: most sequences would deal with an empty queue for most of their length.
+        for which, payload, options in first:
+            self.enqueue(which, payload, options)
 
     def teardown(self) -> None:
         try:
@@ -310,6 +323,14 @@ class Machine(RuleBasedStateMachine):
         fresh=st.booleans(),
     )
     def receive(self, which: int, count: int, visibility: float | None, fresh: bool) -> None:
+        self._receive(which, count, visibility, fresh)
+
+    @rule(which=WHICH, other=WHICH, answers=st.lists(ANSWERS, min_size=1, max_size=6), fresh=st.booleans())
+    def receive_and_answer(self, which: int, other: int, answers: list[Answer], fresh: bool) -> None:
+        for held, answer in zip(self._receive(which, len(answers), None, fresh), answers, strict=False):
+            self._check_answer(held, other, answer)
+
+    def _receive(self, which: int, count: int, visibility: float | None, fresh: bool) -> list[Held]:
         queue, service = self.queue(which), self.ponds[which].service
         if fresh:
             self.run(service.refresh_ready_cache("default", "q"))
@@ -321,7 +342,7 @@ class Machine(RuleBasedStateMachine):
         messages = self.run(queue.receive(count, visibility=visibility))
         if self._must_be_paused(which):
             require(messages == [], "a paused queue delivered")
-            return
+            return []
         standing = self.run(self.standing())
         self.settle(self.model, standing)
         expected = [message.id for message in self.model.deliverable(self.now)]
@@ -336,6 +357,7 @@ class Machine(RuleBasedStateMachine):
                 require(got == expected[:count], f"hand-out order was {got}, not {expected[:count]}")
                 require(len(messages) == min(count, len(expected)), "fewer came than were ready")
         require(len(messages) <= count, "more came than were asked for")
+        return self.held[len(self.held) - len(messages) :]
 
     # Answers, from whoever holds the message or held it once
 
@@ -393,7 +415,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(which=WHICH, nth=NTH, answer=ANSWERS)
     def answer(self, which: int, nth: int, answer: Answer) -> None:
-        held = self._pick(nth)
+        self._check_answer(self._pick(nth), which, answer)
+
+    def _check_answer(self, held: Held, which: int, answer: Answer) -> None:
         before = self.run(self.standing())
         try:
             self._answered(self.model, held, answer)
@@ -565,19 +589,33 @@ class Machine(RuleBasedStateMachine):
         self.clock.jump(seconds)
         self.exact = [False, False]
 
-    @rule(which=WHICH)
-    def collect(self, which: int) -> None:
-        self.run(self.ponds[which].collect())
-        self.model.collect(self.now)
-        self.wrote(which)
+    @rule(nth=NTH, offset=st.sampled_from([-1, 0, 0, 1]))
+    def advance_until_one_is_due(self, nth: int, offset: int) -> None:
+        later = sorted({message.due for message in self.model.live() if message.due + offset > self.now})
+        if later:
+            self.advance((later[nth % len(later)] + offset - self.now) / 1000)
 
     # Operators
 
-    @rule(which=WHICH)
-    def purge(self, which: int) -> None:
-        removed = self.run(self.queue(which).purge())
-        require(removed == self.model.purge(self.now), "purge removed another number")
-        self.wrote(which)
+    @rule(
+        which=WHICH,
+        action=st.sampled_from(["collect", "collect", "reopen", "reopen", "resume", "resume", "pause", "purge"]),
+    )
+    def operate(self, which: int, action: str) -> None:
+        # One rule for all of these, lest every sequence of steps be mostly of them.
+        match action:
+            case "collect":
+                self.run(self.ponds[which].collect())
+                self.model.collect(self.now)
+                self.wrote(which)
+            case "reopen":
+                self._reopen(which)
+            case "purge":
+                removed = self.run(self.queue(which).purge())
+                require(removed == self.model.purge(self.now), "purge removed another number")
+                self.wrote(which)
+            case _:
+                self._pause_or_resume(which, action == "pause")
 
     def _dead(self, nths: list[int] | None) -> list[str]:
         dead = [message.id for message in self.model.dead()]
@@ -592,7 +630,7 @@ class Machine(RuleBasedStateMachine):
         self.model.redrive(ids, self.now)
         self.wrote(which)
 
-    @precondition(lambda self: self.model.dead())
+    @precondition(lambda self: len(self.model.dead()) > 2)
     @rule(which=WHICH, nths=st.one_of(st.none(), st.lists(NTH, min_size=1, max_size=3)))
     def purge_dead_letters(self, which: int, nths: list[int] | None) -> None:
         ids = self._dead(nths)
@@ -611,23 +649,19 @@ class Machine(RuleBasedStateMachine):
             return
         raise NotAllowed(f"{id} was {self.model.gone[id]} and is back")
 
-    @rule(which=WHICH, paused=st.booleans())
-    def pause_or_resume(self, which: int, paused: bool) -> None:
+    def _pause_or_resume(self, which: int, paused: bool) -> None:
         queue = self.queue(which)
         self.run(queue.pause() if paused else queue.resume())
         self.paused, self.paused_by, self.paused_at = paused, which, self.elapsed
 
-    @rule(which=WHICH)
-    def reopen(self, which: int) -> None:
+    def _reopen(self, which: int) -> None:
         self.run(self.ponds[which].close())
         self.ponds[which] = self.open()
         for held in self.held:
             if held.which == which:
                 held.message = None
         self.exact[which] = True
-        if self.paused_by != which:
-            # A new pond knows nothing older than the store does.
-            self.stale_since[which] = self.elapsed
+        self.stale_since[which] = self.elapsed
 
 
 class SqliteMachine(Machine):

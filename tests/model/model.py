@@ -280,7 +280,7 @@ class Model:
             message.entered = self.next()
 
     def collect(self, now: int) -> None:
-        """Everything whose time is over and that nobody holds is settled; dedup windows that have ended are forgotten."""
+        """Whatever is over and held by nobody is settled; dedup windows that have ended are forgotten."""
         for message in self.live():
             if message.expires is not None and message.expires <= now and not message.held(now):
                 self._give_up(message, now)

@@ -35,7 +35,7 @@ async def collect(service: QueueService) -> Collected:
     passed: set[str] = set()
     while True:
         now = service.clock.now_ms()
-        found = [stored for stored in await service.store.expired(now, limit=BATCH + len(passed))]
+        found = await service.store.expired(now, limit=BATCH + len(passed))
         ops: list[Op] = []
         records = []
         for stored in found:

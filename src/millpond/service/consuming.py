@@ -98,8 +98,8 @@ class Consuming(Producing):
     ) -> list[Delivery]:
         """Lease up to ``limit`` ready messages, in order of priority and due time; [] when none is ready.
 
-        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``visibility`` in seconds overrides the
-        messages' own for these deliveries. Messages whose time or budget is over are settled on the way. Raises
+        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``visibility`` in seconds overrides
+        the messages' own for these deliveries. Messages whose time or budget is over are settled on the way. Raises
         InvalidQueue, InvalidInput, StoreError; a claim that is cancelled gives back what it had leased.
         """
         key = self.key(namespace, queue)

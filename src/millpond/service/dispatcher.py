@@ -1,9 +1,9 @@
 """The dispatcher: who waits, and when to look.
 
 One task per queue that somebody waits on; queues know nothing of each other, so a slow or broken one holds up no other.
-A queue's task asks for as many candidates as there are waiters, gives them out in the order of waiting, and sleeps until
-something wakes it: a local enqueue or nack, a message coming due, the store's change feed, or a poll that backs off
-while the queue stays empty. Nobody waiting means nothing running. A candidate whose waiter left goes back at once.
+A queue's task asks for as many candidates as there are waiters, gives them out in the order of waiting, and sleeps
+until something wakes it: a local enqueue or nack, a message coming due, the store's change feed, or a poll that backs
+off while the queue stays empty. Nobody waiting means nothing running. A candidate whose waiter left goes back at once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ LINGER = 5.0
 """Seconds for which a queue stays watched after its last waiter left: consumers wait in a loop, and a feed opened anew
 for each of their calls would cost more than it saves."""
 TICK = 5.0
-"""Longest sleep, seconds: a jump of the wall clock towards a due time is noticed within it. No store call is made then."""
+"""Longest sleep, seconds: a jump of the wall clock towards a due time is noticed within it. It costs no store call."""
 FIRST_RETRY = 0.1
-"""Seconds before a queue that failed, or a feed that could not be opened, is tried again; doubles up to ``MAX_RETRY``."""
+"""Seconds until a queue that failed, or a feed that did not open, is tried again; doubles up to ``MAX_RETRY``."""
 MAX_RETRY = 30.0
 MAX_TIMERS = 10_000
 """Explicit `notify_at` entries kept; beyond, only the time is remembered, which can then not be cancelled."""
@@ -235,7 +235,7 @@ class Dispatcher:
                 state.sleeper.set_result(None)
 
     def notify_at(self, namespace: str | None, queue: str, message_id: str, due: int) -> None:
-        """Look at the queue at ``due`` (ms UTC); one entry per message, the last call counts. Empty id or past due: now."""
+        """Look at the queue at ``due`` (ms UTC); the last call for a message counts. Empty id or past due: now."""
         key = (names.namespace_name(namespace), names.queue_name(queue))
         id = message_id.strip()
         self.cancel_notify(*key, id)
@@ -381,7 +381,7 @@ class Dispatcher:
                 return  # The feed broke: look now, and open it again.
 
     async def _pause(self, seconds: float) -> None:
-        """Let a failing queue rest; new waiters do not cut it short, or they would drive the failing store in a loop."""
+        """Let a failing queue rest; new waiters do not cut it short, or they would drive the store in a loop."""
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         timer = self._clock.call_later(seconds, lambda: _end(over))
         try:

@@ -235,7 +235,7 @@ class ReadyCache:
         return None
 
     def pop_spread(self, until: int, choose: int) -> Record | None:
-        """As ``pop``, but the ``choose``-th record (0 = first), so that competing processes do not all take the head."""
+        """As ``pop``, but the ``choose``-th record (0 = first): competing processes must not all take the head."""
         if choose == 0 or len(self._entries) <= 1:
             return self.pop(until)
         choose = min(choose, len(self._entries) - 1)

@@ -12,7 +12,7 @@ class WatchFactory(Protocol):
     """Makes subscriptions for queues."""
 
     def subscribe(self, namespace: str, queue: str, callback: Callable[[], object]) -> Subscription:
-        """Call ``callback`` soon after somebody else changed the queue. Raises StoreError when that cannot be had now."""
+        """Call ``callback`` soon after somebody else changed the queue. Raises StoreError when it cannot be had."""
 
 
 class _StoreWatch:

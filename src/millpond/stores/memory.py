@@ -258,11 +258,15 @@ class MemoryStore:
         if isinstance(found, Conflict):
             return found
         queue, record = found
-        old, old_version, old_status = record.mark, record.version, record.status
-        version = old_version + 1
+        old, old_version, old_status, old_place = record.mark, record.version, record.status, record.place
+        version, place = old_version + 1, old_place
+        if op.item.group is not None and op.box is Box.LIVE and old.box is not Box.LIVE:
+            # Keys and places are of one sequence: later than all that are in the group, and before all that come.
+            self._data.last_key += 1
+            place = self._data.last_key
         mark = Mark(str(version), op.due, op.leased, op.expires, op.box)
-        self._replace(queue, record, mark, version, op.status)
-        undo.append(lambda: self._replace(queue, record, old, old_version, old_status))
+        self._replace(queue, record, mark, version, op.status, place)
+        undo.append(lambda: self._replace(queue, record, old, old_version, old_status, old_place))
         unblocks = op.item.group is not None and old.box is Box.LIVE and op.box is not Box.LIVE
         if unblocks or (op.box is Box.LIVE and (not op.leased or op.due < old.due)):
             changed.add(Change(record.item.namespace, record.item.queue))
@@ -348,9 +352,11 @@ class MemoryStore:
         self._unindex_expiry(record)
         queue.discard(record)
 
-    def _replace(self, queue: QueueRecords, record: Record, mark: Mark, version: int, status: bytes) -> None:
+    def _replace(
+        self, queue: QueueRecords, record: Record, mark: Mark, version: int, status: bytes, place: int
+    ) -> None:
         self._unindex_expiry(record)
-        queue.replace(record, mark, version, status)
+        queue.replace(record, mark, version, status, place)
         self._index_expiry(queue, record)
 
     def _index_expiry(self, queue: QueueRecords, record: Record) -> None:

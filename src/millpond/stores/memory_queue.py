@@ -9,11 +9,13 @@ from millpond.stores.ordered import SortedSet
 class Record:
     """A stored record. The indexes of its `QueueRecords` mirror ``item``, ``mark`` and ``blocked``."""
 
-    __slots__ = ("blocked", "head", "item", "mark", "payload", "state", "state_version", "status", "version")
+    __slots__ = ("blocked", "head", "item", "mark", "payload", "place", "state", "state_version", "status", "version")
 
     def __init__(self, item: Item, mark: Mark, head: bytes, status: bytes, payload: bytes) -> None:
         self.item = item
         self.mark = mark
+        self.place = item.key
+        """Its place in its ordering group: a later number each time it enters."""
         self.version = 1
         self.head = head
         self.status = status
@@ -40,9 +42,10 @@ class QueueRecords:
         self.leased: SortedSet[tuple[int, ...]] = SortedSet()
         """Those in ``lines`` that are leased."""
         self.blocked_leased: SortedSet[tuple[int, ...]] = SortedSet()
-        """Leased ones that their group blocks: an earlier dead letter of the group came back."""
+        """Leased ones that their group blocks. Nobody is given such a record; the protocol does not forbid it."""
         self.blocked = 0
-        self.groups: dict[str, SortedSet[int]] = {}
+        self.groups: dict[str, SortedSet[tuple[int, int]]] = {}
+        """ordering group → (place, key) of its live records."""
         self.bytes = 0
         self.unique: dict[str, tuple[int, str]] = {}
         """unique key → (until, message id)."""
@@ -64,8 +67,8 @@ class QueueRecords:
         self._leave(record)
         del self.by_key[record.item.key], self.by_id[record.item.id]
 
-    def replace(self, record: Record, mark: Mark, version: int, status: bytes) -> None:
-        """The new version of a record; the only way to change its mark."""
+    def replace(self, record: Record, mark: Mark, version: int, status: bytes, place: int) -> None:
+        """The new version of a record; the only way to change its mark. ``place`` counts when it enters its group."""
         moved = mark.box is not record.mark.box
         if moved:
             self._leave(record)
@@ -73,6 +76,7 @@ class QueueRecords:
             self._unindex(record)
         record.mark, record.version, record.status = mark, version, status
         if moved:
+            record.place = place
             self._enter(record)
         else:
             self._index(record)
@@ -86,12 +90,12 @@ class QueueRecords:
             if item.group is not None:
                 group = self.groups.setdefault(item.group, SortedSet())
                 head = group.first
-                group.add(item.key)
+                group.add((record.place, item.key))
                 if head is not None:
-                    if head < item.key:
+                    if head[0] < record.place:
                         record.blocked = True
-                    else:
-                        self.block(self.by_key[head], True)
+                    else:  # A commit that is undone puts it back where it was.
+                        self.block(self.by_key[head[1]], True)
         self._index(record)
 
     def _leave(self, record: Record) -> None:
@@ -102,12 +106,12 @@ class QueueRecords:
             self.bytes -= item.size
             if item.group is not None:
                 group = self.groups[item.group]
-                group.remove(item.key)
+                group.remove((record.place, item.key))
                 head = group.first
                 if head is None:
                     del self.groups[item.group]
                 elif not record.blocked:
-                    self.block(self.by_key[head], False)
+                    self.block(self.by_key[head[1]], False)
 
     def block(self, record: Record, blocked: bool) -> None:
         """Set whether the record's group blocks it."""
@@ -146,8 +150,9 @@ class QueueRecords:
 def differences(queue: QueueRecords) -> list[str]:
     """What is wrong with a queue's indexes, by building them anew."""
     fresh = QueueRecords()
-    for record in sorted(queue.by_key.values(), key=lambda record: record.item.key):
+    for record in sorted(queue.by_key.values(), key=lambda record: record.place):
         copy = Record(record.item, record.mark, b"", b"", b"")
+        copy.place = record.place
         fresh.add(copy)
         if copy.blocked != record.blocked:
             return [f"message {record.item.id} is wrongly {'' if record.blocked else 'not '}blocked"]

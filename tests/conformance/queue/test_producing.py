@@ -294,7 +294,7 @@ async def test_the_payload_limit_of_a_stream_that_is_stored_apart(world: World) 
 
 async def test_the_limits_of_attributes_and_keys(world: World) -> None:
     async with world.queue(config=Config(max_attributes_bytes=100)) as queue:
-        with pytest.raises(TooLarge, match="attributes take .* limit of 100"):
+        with pytest.raises(TooLarge, match=r"attributes take .* limit of 100"):
             await queue.enqueue(b"x", attributes={"a": "b" * 100})
         for name in ("dedup_key", "ordering_key", "content_type", "correlation_id"):
             with pytest.raises(TooLarge, match=name):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from millpond.stores.base import Box
+from millpond.stores.base import Box, Conflict
 from millpond.stores.conformance.harness import (
     NOW,
     Harness,
@@ -93,39 +93,59 @@ async def leaving_the_live_box_unblocks(harness: Harness) -> None:
 
 
 @check
-async def returned_head_blocks_again(harness: Harness) -> None:
-    """A dead letter that comes back stands before those that were inserted later, even if one of them is held."""
+async def returned_one_joins_at_the_end(harness: Harness) -> None:
+    """A dead letter that comes back stands behind those that are there, lest it be ready beside one that is held."""
     async with opened(harness) as store:
-        first, second, _ = await put(store, *(insertion(number, group="g") for number in range(1, 4)))
+        first, second, third = await put(store, *(insertion(number, group="g") for number in range(1, 4)))
         dead = await bury(store, first)
         held = await take(store, second, NOW + 10)
         back = await changed(store, change(dead))
-        same(await due(store), [1], "after the first came back")
+        await put_one(store, insertion(4, group="g"))
+        same(await due(store), [], "while the second is held, after the first came back")
         counts = await store.counts("default", "q", NOW)
-        same((counts.ready, counts.leased, counts.blocked), (1, 1, 1), "ready, leased, blocked")
-        same(await due(store, NOW + 10), [1], "when the lease of the second has ended")
+        same((counts.ready, counts.leased, counts.blocked), (0, 1, 3), "ready, leased, blocked")
+        same(await due(store, NOW + 10), [2], "when the lease of the second has ended")
         counts = await store.counts("default", "q", NOW + 10)
-        same((counts.ready, counts.leased, counts.blocked), (1, 0, 2), "ready, leased, blocked, then")
-        held = await changed(store, change(held, due=NOW))
-        same(await due(store), [1], "after the second was given back")
-        await drop(store, back)
-        same(await due(store), [2], "after the first was removed")
+        same((counts.ready, counts.leased, counts.blocked), (1, 0, 3), "ready, leased, blocked, then")
         await drop(store, held)
         same(await due(store), [3], "after the second was removed")
+        await drop(store, third)
+        same(await due(store), [1], "after the third was removed")
+        await drop(store, back)
+        same(await due(store), [4], "after the one that came back was removed")
+
+
+@check
+async def an_undone_return_keeps_its_place(harness: Harness) -> None:
+    """A commit that fails moves nobody in a group."""
+    async with opened(harness) as store:
+        first, second, third = await put(store, *(insertion(number, group="g") for number in range(1, 4)))
+        dead = await bury(store, third)
+        outcomes = await store.commit([removal(first), change(dead), insertion(2)])
+        same([type(outcome) for outcome in outcomes], [Conflict] * 3, "outcomes of a commit that cannot be")
+        same(await due(store), [1], "after it")
+        await drop(store, first)
+        same(await due(store), [2], "after the first was removed")
+        await changed(store, change(dead))
+        await drop(store, second)
+        same(await due(store), [3], "after the third came back and the second was removed")
 
 
 @check
 async def dead_letters_do_not_block(harness: Harness) -> None:
-    """A group whose earlier messages are all dead goes on; they return in their old order."""
+    """A group whose earlier messages are all dead goes on; they join again in the order in which they return."""
     async with opened(harness) as store:
         first, second = await put(store, insertion(1, group="g"), insertion(2, group="g"))
         dead = [await bury(store, first), await bury(store, second)]
         await put_one(store, insertion(3, group="g"))
         same(await due(store), [3], "with two dead letters before it")
         await changed(store, change(dead[1]))
-        same(await due(store), [2], "after the second came back")
         await changed(store, change(dead[0]))
-        same(await due(store), [1], "after the first came back")
+        same(await due(store), [3], "after both came back")
+        for expected in (3, 2, 1):
+            ready = (await store.ready("default", "q", NOW, limit=10)).records
+            same(numbers(ready), [expected], "what is ready")
+            await drop(store, ready[0])
 
 
 @check

@@ -47,20 +47,21 @@ QUEUE_CACHE = 65_536
 """Queue ids kept in memory, about 200 bytes each; beyond that the cache starts anew."""
 
 _INSERT = (
-    "INSERT INTO message(seq,queue,lane,due,version,leased,box,expires,grp,size,external,stateful,id,priority,status)"
-    "VALUES(?,?,?,?,1,0,0,?,?,?,?,0,?,?,?)"
+    "INSERT INTO message(seq,queue,lane,due,version,leased,box,expires,grp,size,external,stateful,id,priority,place,"
+    "status)VALUES(?,?,?,?,1,0,0,?,?,?,?,0,?,?,?,?)"
 )
 _BODY = "INSERT INTO body VALUES(?,?,?)"
 _UPDATE = "UPDATE message SET due=?,version=version+1,leased=?,status=? WHERE seq=? AND version=?"
 _UPDATE_FULL = (
-    "UPDATE message SET lane=?,due=?,version=version+1,leased=?,box=?,expires=?,status=? WHERE seq=? AND version=?"
+    "UPDATE message SET lane=?,due=?,version=version+1,leased=?,box=?,expires=?,place=ifnull(?,place),status=? "
+    "WHERE seq=? AND version=?"
 )
 _PAYLOAD = "SELECT payload FROM body WHERE seq=?"
 _REMOVE = "DELETE FROM message WHERE seq=? AND version=? AND stateful=0"
 _REMOVE_STATEFUL = "DELETE FROM message WHERE seq=? AND version=?"
 _ROW = "SELECT version,stateful,box=0 AND lane IS NULL FROM message WHERE seq=?"
 _IN_GROUP = "SELECT EXISTS(SELECT 1 FROM message WHERE queue=? AND grp=? AND box=0)"
-_HEADS = "SELECT seq,lane,priority,leased,due FROM message WHERE queue=? AND grp=? AND box=0 ORDER BY seq LIMIT 2"
+_HEADS = "SELECT seq,lane,priority,leased,due FROM message WHERE queue=? AND grp=? AND box=0 ORDER BY place LIMIT 2"
 _COUNT_UP = "INSERT INTO counter VALUES(?,?,?,?) ON CONFLICT DO UPDATE SET n=n+excluded.n"
 _COUNT_DOWN = "UPDATE counter SET n=n+? WHERE queue=? AND kind=? AND bucket=? AND n>?"
 _COUNT_OUT = "DELETE FROM counter WHERE queue=? AND kind=? AND bucket=? AND n=?"
@@ -241,6 +242,7 @@ class Applier:
                     item.external,
                     item.id,
                     item.priority,
+                    None if group is None else seq,
                     op.status,
                 ),
             )
@@ -325,10 +327,11 @@ class Applier:
         blocked = bool(row[2])
         queue = self.queue(item.namespace, item.queue)
         arrives, leaves = op.box is _LIVE and mark.box is not _LIVE, op.box is not _LIVE and mark.box is _LIVE
-        # What comes back into a group stands behind all others until settle() has looked.
+        # What comes back into a group stands behind all others, and is blocked until settle() has looked.
         block = op.box is _LIVE and group is not None and (blocked or arrives)
+        place = self.number() if arrives and group is not None else None
         lane = item.priority if op.box is _LIVE and not block else None
-        self._run(_UPDATE_FULL, (lane, op.due, op.leased, op.box, op.expires, op.status, item.key, mark.etag))
+        self._run(_UPDATE_FULL, (lane, op.due, op.leased, op.box, op.expires, place, op.status, item.key, mark.etag))
         payload = self._payload(item) if op.want_payload else None
         self._count(queue, _kind(mark.box, mark.leased, blocked), mark.due, -1)
         self._count(queue, _kind(op.box, op.leased, block), op.due, 1)
@@ -345,8 +348,8 @@ class Applier:
 
         The others need no look: none of them was first before, and none is now.
         """
-        for place, (seq, lane, priority, leased, due) in enumerate(self._run(_HEADS, (queue, group)).fetchall()):
-            blocked, block = lane is None, place > 0
+        for number, (seq, lane, priority, leased, due) in enumerate(self._run(_HEADS, (queue, group)).fetchall()):
+            blocked, block = lane is None, number > 0
             if blocked != block:
                 self._run("UPDATE message SET lane=? WHERE seq=?", (None if block else priority, seq))
                 self._count(queue, _kind(_LIVE, leased, blocked), due, -1)

@@ -42,16 +42,20 @@ _QUERIES: tuple[tuple[str, str], ...] = (
         "SELECT 'message '||id FROM message WHERE lane IS NOT NULL AND lane<>priority",
     ),
     (
+        "has a group and no place in it, or the reverse",
+        "SELECT 'message '||id FROM message WHERE (grp IS NULL)<>(place IS NULL)",
+    ),
+    (
         "is blocked though it is the first of its group, or has none",
         "SELECT 'message '||id FROM message m WHERE box=0 AND lane IS NULL AND (grp IS NULL OR NOT EXISTS("
         "SELECT 1 FROM message e WHERE e.queue=m.queue AND e.grp=m.grp AND e.grp IS NOT NULL AND e.box=0 "
-        "AND e.seq<m.seq))",
+        "AND e.place<m.place))",
     ),
     (
         "is not blocked though an earlier one of its group is there",
         "SELECT 'message '||id FROM message m WHERE box=0 AND lane IS NOT NULL AND grp IS NOT NULL AND EXISTS("
         "SELECT 1 FROM message e WHERE e.queue=m.queue AND e.grp=m.grp AND e.grp IS NOT NULL AND e.box=0 "
-        "AND e.seq<m.seq)",
+        "AND e.place<m.place)",
     ),
     (
         "its payload is missing",
@@ -70,7 +74,7 @@ _QUERIES: tuple[tuple[str, str], ...] = (
     ),
     (
         "has a number that the sequence has yet to give out",
-        "SELECT 'message '||id FROM message WHERE seq>=(SELECT next FROM sequence)",
+        "SELECT 'message '||id FROM message WHERE max(seq,ifnull(place,0))>=(SELECT next FROM sequence)",
     ),
 )
 

@@ -6,6 +6,8 @@ A message is a narrow row that each step of its life rewrites (``message``) and 
 - ``message.lane`` is the priority of a record that a consumer may look at, and NULL for one that is dead or blocked by
   an earlier record of its group: those fall out of the index that hand-out reads, and ``box = 0 AND lane IS NULL``
   means blocked.
+- ``message.place`` orders the records of a group (NULL without one): the number with which the record entered it, its
+  ``seq`` or, once it came back from the dead box, a later one of the same sequence.
 - ``message_ready`` names ``seq`` and ``leased`` to be covering for counts; its order is that of hand-out.
 - ``seq`` is never used twice: it comes from ``sequence``, which only grows. So (seq, version) names one version of one
   record for ever.
@@ -49,12 +51,12 @@ CREATE TABLE message(
   seq INTEGER PRIMARY KEY, queue INTEGER NOT NULL, lane INTEGER, due INTEGER NOT NULL, version INTEGER NOT NULL,
   leased INTEGER NOT NULL, box INTEGER NOT NULL, expires INTEGER, grp TEXT, size INTEGER NOT NULL,
   external INTEGER NOT NULL, stateful INTEGER NOT NULL, id TEXT NOT NULL, priority INTEGER NOT NULL,
-  status BLOB NOT NULL);
+  place INTEGER, status BLOB NOT NULL);
 CREATE UNIQUE INDEX message_id ON message(queue, id);
 CREATE INDEX message_ready ON message(queue, lane, due, seq, leased);
 CREATE INDEX message_box ON message(queue, box);
 CREATE INDEX message_expires ON message(expires) WHERE expires IS NOT NULL AND box = 0;
-CREATE INDEX message_group ON message(queue, grp) WHERE grp IS NOT NULL AND box = 0;
+CREATE INDEX message_group ON message(queue, grp, place) WHERE grp IS NOT NULL AND box = 0;
 CREATE TABLE body(seq INTEGER PRIMARY KEY, head BLOB NOT NULL, payload BLOB NOT NULL);
 CREATE TRIGGER message_body AFTER DELETE ON message BEGIN DELETE FROM body WHERE seq = old.seq; END;
 CREATE TABLE state(seq INTEGER PRIMARY KEY, version INTEGER NOT NULL, data BLOB NOT NULL);
