@@ -157,9 +157,7 @@ class Machine(RuleBasedStateMachine):
         keep_exhausted=st.sampled_from([True, True, False]),
         first=st.lists(st.tuples(WHICH, PAYLOADS, ENQUEUES), min_size=3, max_size=10),
     )
-    def start(
-        self, keep_expired: bool, keep_exhausted: bool, first: list[tuple[int, bytes, dict[str, Any]]]
-    ) -> None:
+    def start(self, keep_expired: bool, keep_exhausted: bool, first: list[tuple[int, bytes, dict[str, Any]]]) -> None:
         self.model.keep_expired, self.model.keep_exhausted = keep_expired, keep_exhausted
         self.ponds = [self.open(), self.open()]
         self.store = self.make_store()

@@ -31,7 +31,7 @@ def _settings(examples: int) -> settings:
 
 @pytest.mark.parametrize(
     ("machine", "examples"),
-    [(Machine, 300), (EncryptedMemoryMachine, 60), (SqliteMachine, 150), (EncryptedSqliteMachine, 40)],
+    [(Machine, 100), (EncryptedMemoryMachine, 25), (SqliteMachine, 40), (EncryptedSqliteMachine, 10)],
     ids=["memory", "memory-encrypted", "sqlite", "sqlite-encrypted"],
 )
 def test_queue_does_what_its_model_does(machine: type[Machine], examples: int) -> None:

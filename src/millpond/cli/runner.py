@@ -35,7 +35,7 @@ RETRIES_PER_LEASE = 12
 """Tries per lease length once a renewal or an answer has failed for a passing reason."""
 IDLE_WAIT = 60.0
 """Seconds of one wait for messages; only how often a waiting ``work`` turns over in its sleep."""
-EMPTY_CHECK = 1.0
+EMPTY_CHECK = 0.25
 """Seconds between looks at a queue that ``--until-empty`` cannot leave yet: another consumer's ack wakes nobody."""
 STORE_PAUSE = 5.0
 """Longest pause before the store is tried again after a passing error."""
@@ -182,13 +182,17 @@ class Runner:
                 patience = await self._patience()
                 if patience is None:
                     return
-                wait = patience
+                await self._pause_or_change(patience)
+                wait = 0.0
             else:
                 wait = IDLE_WAIT
 
     async def _receive(self, count: int, wait: float) -> list[Message]:
-        """Messages for free places. A stop meanwhile, or (for ``--until-empty``) the end of the last command, ends the
-        wait; messages that came all the same are given back."""
+        """Messages for free places. A stop meanwhile ends the wait; messages that came all the same are given back."""
+        if wait <= 0:
+            # Not to be cut short: a claim cancelled under way gives back what it leased, an attempt for nothing.
+            messages = await self._queue.receive(count, visibility=self._plan.visibility, owner=self._plan.owner)
+            return await self._accept(messages)
         receiving = asyncio.ensure_future(
             self._queue.receive(count, wait=wait, visibility=self._plan.visibility, owner=self._plan.owner)
         )
@@ -200,7 +204,7 @@ class Runner:
                 finally:
                     changed.cancel()
                 self._changed.clear()
-                if self._stopping or (self._plan.until_empty and not self._tasks):
+                if self._stopping:
                     break
         finally:
             receiving.cancel()
@@ -211,6 +215,9 @@ class Runner:
             if current is not None and current.cancelling():
                 raise
             return []
+        return await self._accept(messages)
+
+    async def _accept(self, messages: list[Message]) -> list[Message]:
         self.tally.taken += len(messages)
         if not self._stopping:
             return messages
@@ -225,7 +232,7 @@ class Runner:
         delayed longer than a retry ever is was scheduled for later, and a run to the end does not wait for it.
         """
         if self._tasks:
-            return IDLE_WAIT
+            return EMPTY_CHECK
         if (await self._queue.policy()).paused:
             await self._display.note(f"queue {self._queue.name} is paused")
             return None
@@ -247,8 +254,11 @@ class Runner:
 
     async def _pause_or_change(self, seconds: float) -> None:
         timer = self._clock.call_later(seconds, self._changed.set)
-        await self._changed.wait()
-        timer.cancel()
+        try:
+            await self._changed.wait()
+        finally:
+            timer.cancel()
+        self._changed.clear()
 
     # One message
 

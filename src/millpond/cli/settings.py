@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    import logging
+
     from millpond.cli.output import Output
     from millpond.crypto.keyring import Keyring
     from millpond.pond import Pond
@@ -103,7 +105,23 @@ class Settings:
         else:
             level = logging.ERROR if self.quiet else logging.WARNING
             form = "millpond: %(levelname)s: %(message)s"
-        logging.basicConfig(level=level, stream=sys.stderr, format=form)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_fields_formatter(form))
+        logging.basicConfig(level=level, handlers=[handler])
+
+
+def _fields_formatter(form: str) -> logging.Formatter:
+    """Event names alone say little: append the fields that the library gives with each."""
+    import logging
+
+    usual = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+    class Fields(logging.Formatter):
+        def formatMessage(self, record: logging.LogRecord) -> str:
+            fields = [f"{name}={value}" for name, value in vars(record).items() if name not in usual]
+            return " ".join([super().formatMessage(record), *fields])
+
+    return Fields(form)
 
 
 pass_settings = click.make_pass_decorator(Settings, ensure=True)

@@ -46,7 +46,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(sig
 @option("--fail-dead", is_flag=True, help="Exit with code 3 when a message was given up for good.")
 @pass_settings
 def work(settings: Settings, /, queue: str, command: tuple[str, ...], fail_dead: bool, **plan: Any) -> None:
-    r"""Run COMMAND for each message of QUEUE: a durable xargs.
+    """Run COMMAND for each message of QUEUE: a durable xargs.
 
     The payload is the command's stdin; {} in an argument is replaced by it (where it is UTF-8 without NUL and short
     enough). MILLPOND_MESSAGE_ID, _QUEUE, _NAMESPACE, _LEASE_ID, _FENCING_TOKEN, _ATTEMPTS, _FAILURES, _ATTRIBUTES
