@@ -182,6 +182,7 @@ def connect_sync(
     keyring: Keyring | None = None,
     config: Config | None = None,
     clock: Clock | None = None,
+    accept_plain: bool = False,
 ) -> SyncPond:
     """As `millpond.connect`, for synchronous code: ``with millpond.connect_sync(url) as pond: …``."""
-    return SyncPond(connect(url, keyring=keyring, config=config, clock=clock))
+    return SyncPond(connect(url, keyring=keyring, config=config, clock=clock, accept_plain=accept_plain))
