@@ -1,8 +1,8 @@
 """Ways in which lockd's queue loses, repeats or hides messages, by their numbers, and that they are not ours.
 
 Shown elsewhere or not applicable to these stores: L9 (no upload can fail half-way to a store on this machine; sources
-that raise are in the conformance suite), L14 (test_sqlite.py reads the pragma), L15 (conditional delete is a rule of the
-conformance suite), L21 (group commit: the random walk of the conformance suite).
+that raise are in the conformance suite), L14 (test_sqlite.py reads the pragma), L15 (conditional delete is a rule of
+the conformance suite), L21 (group commit: the random walk of the conformance suite).
 """
 
 from __future__ import annotations
