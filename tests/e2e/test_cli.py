@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import millpond
 
 BOUND = 60.0
 """Seconds for any one command, on the busiest machine."""
@@ -72,6 +73,7 @@ class Cli:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("MILLPOND_")}
+        self.environment["PYTHONPATH"] = str(Path(millpond.__file__).parents[1])  # wherever the command is run
         self.environment["MILLPOND_STORE"] = f"sqlite:///{folder}/pond.db"
 
     def __call__(
@@ -145,7 +147,7 @@ def test_binary_and_empty_payloads(cli: Cli) -> None:
     cli("enqueue", "q", "", "--delay", "0")
     first, second = cli.json("receive", "q", "-n", "2")
     assert first["payload_encoding"] == "base64"
-    assert first["payload"] == __import__("base64").b64encode(data).decode()
+    assert first["payload"] == base64.b64encode(data).decode()
     assert (second["payload"], second["payload_encoding"]) == ("", "utf-8")
     cli("enqueue", "raw", "-", input=data)
     assert cli("receive", "raw", "--output", "-", "--ack").stdout == data
@@ -453,7 +455,7 @@ def test_human_forms_say_the_same(cli: Cli) -> None:
     assert received.endswith("\n  two\n  lines\n")
 
 
-def test_what_is_printed_is_stored(cli: Cli, make_digest: Callable[[bytes], str]) -> None:
+def test_what_is_printed_is_stored(cli: Cli) -> None:
     """An id on stdout means that the message survives anything, this process's kill included."""
     process = subprocess.Popen(
         [sys.executable, "-m", "millpond", "enqueue", "q", "--lines", "--json"],
@@ -471,9 +473,4 @@ def test_what_is_printed_is_stored(cli: Cli, make_digest: Callable[[bytes], str]
         process.kill()
     stored = cli.json("receive", "q", "-n", "1000")
     assert [record["message_id"] for record in stored] == printed
-    assert make_digest(b"".join(r["payload"].encode() for r in stored)) == make_digest(b"".join(payloads))
-
-
-@pytest.fixture
-def make_digest() -> Callable[[bytes], str]:
-    return lambda data: hashlib.sha256(data).hexdigest()
+    assert [record["payload"].encode() for record in stored] == payloads
