@@ -65,6 +65,7 @@ class Workload:
         self.clock = clock
         self.models = {name: Model() for name in QUEUES}
         self.lives = 0
+        self.opened = False
         self.pond: TestPond
         self.held: dict[bytes, Message] = {}
         """By payload."""
@@ -72,8 +73,10 @@ class Workload:
     async def open(self) -> None:
         """Begin, or go on after a stop."""
         self.lives += 1
+        self.opened = False
         self.pond = pond(store=self.make_store(), clock=self.clock, config=CONFIG, seed=self.lives)
         await self.pond.open()
+        self.opened = True
 
     def queue(self, name: str = "orders") -> Queue:
         """One of the queues."""

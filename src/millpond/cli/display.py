@@ -49,8 +49,10 @@ class Display:
                 self._stderr.write(CLEAR_LINE)
                 self._stderr.flush()
             stream.write(data)
+            if self.progress and not data.endswith(b"\n"):
+                stream.write(b"\n")  # or the progress line would wipe it out
             stream.flush()
-            if self._line and data.endswith(b"\n"):
+            if self._line:
                 self._stderr.write(self._line)
                 self._stderr.flush()
         except (BrokenPipeError, ValueError):  # nobody reads any more: that is no reason to stop the work

@@ -10,7 +10,7 @@ import logging
 import msgspec
 
 from millpond import lifecycle
-from millpond.errors import MillpondError
+from millpond.errors import CryptoError, StoreCorrupt, StoreMismatch
 from millpond.service.service import QueueService
 from millpond.stores.base import Conflict, Op, Remove
 
@@ -45,7 +45,8 @@ async def collect(service: QueueService) -> Collected:
             try:
                 record = service.record(stored)
                 policy = await service.policy((record.item.namespace, record.item.queue))
-            except MillpondError as error:
+            except (StoreCorrupt, StoreMismatch, CryptoError) as error:
+                # What cannot be read must not hold up the others; a store that fails is another matter.
                 log.error("millpond.record.unreadable", extra={"message_id": stored.item.id, "reason": str(error)})
                 continue
             verdict = lifecycle.expire(record.status, now, bury=policy.on_expired == "dead_letter")
