@@ -193,25 +193,25 @@ def _changed(
     )
 
 
-class Deliver(msgspec.Struct, frozen=True):
+class Deliver(msgspec.Struct, frozen=True, gc=False):
     """Hand the message out with this status, which holds the new lease."""
 
     status: Status
 
 
-class Bury(msgspec.Struct, frozen=True):
+class Bury(msgspec.Struct, frozen=True, gc=False):
     """Make it a dead letter with this status, which holds the reason."""
 
     status: Status
 
 
-class Discard(msgspec.Struct, frozen=True):
+class Discard(msgspec.Struct, frozen=True, gc=False):
     """Remove it: the queue's policy keeps no dead letters of this kind."""
 
     reason: str
 
 
-class Wait(msgspec.Struct, frozen=True):
+class Wait(msgspec.Struct, frozen=True, gc=False):
     """Not now; look again at ``due``."""
 
     due: int

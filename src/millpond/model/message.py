@@ -39,7 +39,7 @@ class DeadLetter(msgspec.Struct, frozen=True, array_like=True, gc=False):
     at: int
 
 
-class Head(msgspec.Struct, frozen=True, array_like=True):
+class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What never changes after the enqueue."""
 
     format: int
@@ -63,7 +63,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     """The payload is a blob of its own, not part of the record."""
 
 
-class Status(msgspec.Struct, frozen=True, array_like=True):
+class Status(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the life cycle changes."""
 
     format: int

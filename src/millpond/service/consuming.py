@@ -1,13 +1,12 @@
-"""Claim and answer: how messages leave the queue for a consumer, and how consumers settle them.
+"""Answers: how consumers settle what they were given.
 
-Invariants: a delivery is one conditional write that holds attempts, visibility, lease and fencing token together; every
-answer carries lease id and token and is judged by the life cycle against the record as it is, so that a stale one
-changes nothing; and an answer that only lost to the holder's own other write (an extension under way) is judged again.
+Invariants: every answer carries lease id and token and is judged by the life cycle against the record as it is, so that
+a stale one changes nothing; and an answer that only lost to the holder's own other write (an extension under way) is
+judged again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,13 +26,10 @@ from millpond.model.message import Lease, Status
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
 from millpond.service.core import ATTEMPTS, QueueKey
 from millpond.service.producing import Enqueued, Producing
-from millpond.service.ready import ReadyCache, Record
-from millpond.stores.base import Conflict, DropState, Item, Op, Outcome, Remove, Removed, Updated
+from millpond.service.ready import Record
+from millpond.stores.base import Conflict, Op, Outcome, Remove, Removed, Updated
 
 log = logging.getLogger("millpond.service")
-
-HAND_OUT_LIMIT = 30_000
-"""Milliseconds for which a candidate counts as being handed out; a taker that vanished blocks it no longer."""
 
 
 class Delivery:
@@ -82,206 +78,6 @@ class Plan(NamedTuple):
 
 class Consuming(Producing):
     """The consumers' half of the service."""
-
-    # Hand-out
-
-    async def claim(
-        self,
-        namespace: str | None,
-        queue: str,
-        limit: int = 1,
-        *,
-        visibility: float | None = None,
-        owner: str | None = None,
-        txn_id: str | None = None,
-        candidates: Sequence[Record] = (),
-    ) -> list[Delivery]:
-        """Lease up to ``limit`` ready messages, in order of priority and due time; [] when none is ready.
-
-        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``visibility`` in seconds overrides
-        the messages' own for these deliveries. Messages whose time or budget is over are settled on the way. Raises
-        InvalidQueue, InvalidInput, StoreError; a claim that is cancelled gives back what it had leased.
-        """
-        key = self.key(namespace, queue)
-        wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
-        if limit.__class__ is not int or limit < 1:
-            raise InvalidInput(f"count must be a whole number, at least one, not {limit!r}")
-        cache = self.cache(key)
-        defaults = self.defaults_at_hand(key)
-        try:
-            if defaults is None:
-                defaults = await self.defaults(key)
-            policy = defaults.policy
-            if policy.paused:
-                self.give_back(candidates)
-                return []
-        except BaseException:
-            self.give_back(candidates)
-            raise
-        waiting = list(reversed(candidates))
-        deliveries: list[Delivery] = []
-        while len(deliveries) < limit:
-            taken: list[Record] = []
-            try:
-                now = self.clock.now_ms()
-                if not waiting and cache.wants_refill(now, self.clock.monotonic()):
-                    await self.refill(key)
-                taken = self._take(cache, waiting, limit - len(deliveries), now)
-                if not taken:
-                    break
-                lost = await self._lease(cache, taken, policy, wish, owner, txn_id, deliveries)
-            except StoreError:
-                self.give_back(taken)
-                self.give_back(waiting)
-                if deliveries:
-                    # What was leased is the caller's; the store's trouble will meet the next call.
-                    return deliveries
-                raise
-            if lost:
-                cache.lost_race()
-            else:
-                cache.won_race()
-                if not cache.more and not len(cache) and not waiting and len(taken) == len(deliveries):
-                    break
-        self.give_back(waiting)
-        return deliveries
-
-    def _take(self, cache: ReadyCache, waiting: list[Record], count: int, now: int) -> list[Record]:
-        taken: list[Record] = []
-        until = now + HAND_OUT_LIMIT
-        while len(taken) < count:
-            if waiting:
-                taken.append(waiting.pop())
-                continue
-            record = cache.pop_spread(until, self.ids.below(cache.spread)) if cache.spread else cache.pop(until)
-            if record is None:
-                break
-            taken.append(record)
-        return taken
-
-    async def _lease(
-        self,
-        cache: ReadyCache,
-        taken: list[Record],
-        policy: QueuePolicy,
-        visibility: int | None,
-        owner: str | None,
-        txn_id: str | None,
-        deliveries: list[Delivery],
-    ) -> int:
-        """Write what the life cycle says of each; append the deliveries; how many races were lost."""
-        now = self.clock.now_ms()
-        ops: list[Op] = []
-        plans: list[tuple[Record, lifecycle.Verdict]] = []
-        bury_exhausted = policy.on_exhausted == "dead_letter"
-        bury_expired = policy.on_expired == "dead_letter"
-        for record in taken:
-            verdict = lifecycle.deliver(
-                record.head,
-                record.status,
-                now,
-                visibility=visibility,
-                lease_id=self.ids.lease_id(),
-                owner=owner,
-                txn_id=txn_id,
-                bury_exhausted=bury_exhausted,
-                bury_expired=bury_expired,
-            )
-            if isinstance(verdict, lifecycle.Deliver):
-                ops.append(self.update(record, verdict.status, want_payload=record.payload is None))
-            elif isinstance(verdict, lifecycle.Wait):
-                cache.settle(record.item.id)
-                cache.arm(verdict.due)
-                continue
-            elif isinstance(verdict, lifecycle.Bury):
-                ops.append(self.update(record, verdict.status))
-            else:
-                ops.append(Remove(record.item, record.mark))
-            plans.append((record, verdict))
-        if not ops:
-            return 0
-        try:
-            outcomes = await self.store.write(ops)
-        except asyncio.CancelledError:
-            self.spawn(asyncio.create_task(self._undo_claims(plans)))
-            raise
-        lost = 0
-        for (record, verdict), outcome in zip(plans, outcomes, strict=True):
-            item = record.item
-            cache.settle(item.id)
-            if outcome.__class__ is Conflict:
-                lost += 1
-            elif isinstance(verdict, lifecycle.Deliver):
-                assert isinstance(outcome, Updated)
-                status = verdict.status
-                assert status.lease is not None
-                cache.arm(status.visible_at)
-                self.on_due(item.namespace, item.queue, status.visible_at)
-                payload = record.payload if record.payload is not None else outcome.payload
-                leased = Record(item, outcome.mark, record.head, status)
-                lease = status.lease
-                delivery = Delivery(item.namespace, item.queue, item.id, lease.id, lease.token, leased)
-                deliveries.append(delivery)
-                if item.external:
-                    continue
-                delivery.payload = payload
-                if payload is None:
-                    await self._load_payload(delivery, item)
-            else:
-                self.gone(item)
-                self._log_end(record, verdict)
-        return lost
-
-    async def _load_payload(self, delivery: Delivery, item: Item) -> None:
-        """The store handed out the message without its payload: ask for it, and keep the reason if it cannot be read.
-        The message is the consumer's all the same, who meets the error when it looks at the payload, and nacks."""
-        try:
-            delivery.payload = await self.store.payload(item)
-        except MillpondError as error:
-            delivery.trouble = error
-
-    def _log_end(self, record: Record, verdict: lifecycle.Verdict) -> None:
-        item = record.item
-        extra = {"namespace": item.namespace, "queue": item.queue, "message_id": item.id}
-        if isinstance(verdict, lifecycle.Bury):
-            dead = verdict.status.dead
-            extra |= {"reason": dead.reason if dead else ""}
-            log.warning("millpond.message.dead_lettered", extra=extra)
-        elif isinstance(verdict, lifecycle.Discard):
-            log.info("millpond.message.discarded", extra=extra | {"reason": verdict.reason})
-
-    async def _undo_claims(self, plans: list[tuple[Record, lifecycle.Verdict]]) -> None:
-        """A claim was cancelled while its write was under way: what it leased goes back at once, without a failure."""
-        for record, verdict in plans:
-            cache = self.cached(record.item)
-            if cache is not None:
-                cache.settle(record.item.id)
-                cache.dirty = True
-            if not isinstance(verdict, lifecycle.Deliver):
-                continue
-            lease = verdict.status.lease
-            assert lease is not None
-            item = record.item
-            try:
-                # Writes are applied in the order in which they were asked for, so this one, which never applies, says
-                # that the claim's is decided.
-                await self.store.write((DropState(item, record.mark, "-"),))
-                await self.defer(Delivery(item.namespace, item.queue, item.id, lease.id, lease.token))
-            except LeaseLost:
-                continue  # The claim had not gone through, or somebody has taken the message since.
-            except MillpondError as error:
-                log.warning(
-                    "millpond.claim.not_given_back",
-                    extra={"queue": item.queue, "message_id": item.id, "reason": str(error)},
-                )
-
-    def give_back(self, candidates: Sequence[Record]) -> None:
-        """Candidates that will not be claimed are at hand again for the next taker."""
-        for record in candidates:
-            cache = self.cached(record.item)
-            if cache is not None and cache.is_inflight(record.item.id):
-                cache.give_back(record)
-                self.stats.inflight_clears += 1
 
     # Answers
 
@@ -402,7 +198,7 @@ class Consuming(Producing):
                     self.changed(after)
                 else:
                     self.gone(record.item)
-                    self._log_end(record, lifecycle.Bury(status))
+                    self.log_end(record, lifecycle.Bury(status))
 
         return Plan(self.update(record, status), done)
 
@@ -444,7 +240,7 @@ class Consuming(Producing):
             def done(outcome: Outcome) -> None:
                 delivery.record = None
                 self.gone(record.item)
-                self._log_end(record, discard)
+                self.log_end(record, discard)
 
             return Plan(Remove(record.item, record.mark), done)
         return self._changed_plan(delivery, record, result.status if isinstance(result, lifecycle.Bury) else result)
@@ -533,6 +329,17 @@ class Consuming(Producing):
             return self._changed_plan(delivery, record, status)
 
         await self._answer(delivery, decide)
+
+    def log_end(self, record: Record, verdict: lifecycle.Verdict) -> None:
+        """Log that a message was given up."""
+        item = record.item
+        extra = {"namespace": item.namespace, "queue": item.queue, "message_id": item.id}
+        if isinstance(verdict, lifecycle.Bury):
+            dead = verdict.status.dead
+            extra |= {"reason": dead.reason if dead else ""}
+            log.warning("millpond.message.dead_lettered", extra=extra)
+        elif isinstance(verdict, lifecycle.Discard):
+            log.info("millpond.message.discarded", extra=extra | {"reason": verdict.reason})
 
     # Payloads
 

@@ -67,6 +67,8 @@ class Core:
         self.ids = ids
         self.config = config
         self.stats = ReadyCacheStats()
+        self.takes = store.capabilities.takes
+        """The store chooses and writes in one step; the ready cache then serves those who wait, and nobody else."""
         self.inline_limit = min(store.capabilities.inline_limit, config.max_payload_bytes)
         """Payloads up to this many bytes are part of the record."""
         self.on_ready: Callable[[str, str], object] = lambda namespace, queue: None
@@ -114,7 +116,7 @@ class Core:
         if cache is None:
             while len(self._caches) >= MAX_QUEUES:
                 self._caches.popitem(last=False)
-            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size)
+            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size, asleep=self.takes)
         else:
             self._caches.move_to_end(key)
         return cache
@@ -129,7 +131,9 @@ class Core:
         now = self.clock.now_ms()
         cache = self._caches.get((item.namespace, item.queue))
         if cache is not None:
-            cache.offer(record, now, inserted=inserted)
+            if not cache.asleep:
+                cache.offer(record, now, inserted=inserted)
+            cache.dry = False
         if record.mark.due > now:
             self.on_due(item.namespace, item.queue, record.mark.due)
         else:
@@ -142,6 +146,7 @@ class Core:
             cache.forget(item.id)
             if item.group is not None:
                 cache.dirty = True
+                cache.dry = False
         if item.group is not None:
             self.on_ready(item.namespace, item.queue)
 
@@ -150,6 +155,7 @@ class Core:
         cache = self._caches.get((namespace, queue))
         if cache is not None:
             cache.dirty = True
+            cache.dry = False
         self._policies.pop((namespace, queue), None)
 
     async def refill(self, key: QueueKey) -> None:
@@ -207,12 +213,7 @@ class Core:
                 records.append(self.record(stored))
             except MillpondError as error:
                 # One record that cannot be read must not keep the others from being delivered.
-                if id not in cache.bad:
-                    cache.bad.add(id)
-                    log.error(
-                        "millpond.record.unreadable",
-                        extra={"namespace": key[0], "queue": key[1], "message_id": id, "reason": str(error)},
-                    )
+                self.report_unreadable(cache, stored.item, error)
         finished = self.clock.monotonic()
         stats.list_scans += 1
         stats.list_objects += len(page.records)
@@ -222,6 +223,21 @@ class Core:
         seen = max((stored.item.key for stored in page.records), default=0)
         cache.fill(records, more=page.more, next_due=page.next_due, monotonic=finished, seen=seen)
         cache.dirty = changed_meanwhile
+
+    @staticmethod
+    def report_unreadable(cache: ReadyCache, item: Item, error: MillpondError) -> None:
+        """Log, once, that a record cannot be decoded."""
+        if item.id not in cache.bad:
+            cache.bad.add(item.id)
+            log.error(
+                "millpond.record.unreadable",
+                extra={
+                    "namespace": item.namespace,
+                    "queue": item.queue,
+                    "message_id": item.id,
+                    "reason": str(error),
+                },
+            )
 
     # Policies
 

@@ -25,7 +25,7 @@ PAYLOAD_BUDGET = 8 * 1024 * 1024
 """All payloads in one cache together."""
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """A message as last seen: its store identity and version, and what it says."""
 
     item: Item
@@ -95,9 +95,11 @@ class ReadyCache:
         "_loaded_key",
         "_payload_bytes",
         "_ties",
+        "asleep",
         "bad",
         "capacity",
         "dirty",
+        "dry",
         "last_used",
         "loaded_at",
         "more",
@@ -105,8 +107,12 @@ class ReadyCache:
         "spread",
     )
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, asleep: bool = False) -> None:
         self.capacity = capacity
+        self.asleep = asleep
+        """Nobody takes candidates: it keeps none and is told of none, until the next refill."""
+        self.dry = True
+        """The last look found nothing more, or there was none; and this process has heard of nothing since."""
         self._entries: dict[str, Record] = {}
         self._heap: list[_Ranked] = []
         self._ties = itertools.count()
@@ -218,6 +224,17 @@ class ReadyCache:
         self.next_due = next_due
         self.loaded_at = monotonic
         self.dirty = False
+        self.asleep = False
+        if heap:
+            self.dry = False
+
+    def sleep(self) -> None:
+        """Keep nothing until the next refill. What is being handed out stays marked."""
+        self._entries = {}
+        self._heap = []
+        self._payload_bytes = 0
+        self._bound = None
+        self.dirty = self.asleep = True
 
     def pop(self, until: int) -> Record | None:
         """Take the first record; it counts as in flight until ``settle``, ``give_back`` or ``until`` (ms UTC)."""
@@ -264,7 +281,7 @@ class ReadyCache:
     def give_back(self, record: Record) -> None:
         """The candidate was not used: it is at hand again."""
         item = record.item
-        if self._inflight.pop(item.id, None) is None:
+        if self._inflight.pop(item.id, None) is None or self.asleep:
             return
         self._entries[item.id] = record
         if record.payload is not None:

@@ -108,7 +108,7 @@ class QueueService(States):
         now = self.clock.now_ms()
         if cache.wants_refill(now, self.clock.monotonic()):
             await self.refill(key)
-        return self._take(cache, [], limit, now)
+        return self.pop_candidates(cache, [], limit, now)
 
     async def peek_candidate(self, namespace: str | None, queue: str) -> Record | None:
         """The message that would be handed out next, left where it is."""
@@ -190,7 +190,7 @@ class QueueService(States):
         key = (records[0].item.namespace, records[0].item.queue)
         deliveries: list[Delivery] = []
         policy = await self.policy(key)
-        await self._lease(self.cache(key), list(records), policy, wish, owner, txn_id, deliveries)
+        await self._lease(self.cache(key), records, self.grant(policy, wish, owner, txn_id), deliveries)
         return deliveries
 
     async def reschedule(self, delivery: Delivery, *, delay: float) -> None:

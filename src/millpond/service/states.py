@@ -16,7 +16,8 @@ from millpond.errors import (
     StoreMismatch,
     TooLarge,
 )
-from millpond.service.consuming import Consuming, Delivery
+from millpond.service.claiming import Claiming
+from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS
 from millpond.service.ready import Record
 from millpond.stores.base import Cause, Conflict, DropState, Op, PutState, StateWritten
@@ -47,7 +48,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(StateDocument)
 
 
-class States(Consuming):
+class States(Claiming):
     """The workflow-state part of the service."""
 
     async def _state_of(self, record: Record) -> StateResult | None:

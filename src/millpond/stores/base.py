@@ -51,12 +51,14 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     durable: bool
     inline_limit: int
     """Largest payload, bytes, that belongs in the record; larger ones go to a blob."""
+    takes: bool = False
+    """It can choose and write in one step (`Store.take`), so that consumers never compete for the same records."""
     requests_cost_money: bool = False
     encrypted: bool = False
     """What it stores is unreadable without its keyring."""
 
 
-class Item(msgspec.Struct, frozen=True):
+class Item(msgspec.Struct, frozen=True, gc=False):
     """Identity of a stored record and the facts about it that never change."""
 
     namespace: str
@@ -87,7 +89,7 @@ class Mark(msgspec.Struct, frozen=True, gc=False):
     box: Box
 
 
-class Stored(msgspec.Struct, frozen=True):
+class Stored(msgspec.Struct, frozen=True, gc=False):
     """A record as read."""
 
     item: Item
@@ -98,7 +100,7 @@ class Stored(msgspec.Struct, frozen=True):
     """The inline payload, where it was asked for."""
 
 
-class Unique(msgspec.Struct, frozen=True):
+class Unique(msgspec.Struct, frozen=True, gc=False):
     """At most one insert with this key per queue until ``until`` (ms UTC)."""
 
     key: str
@@ -106,7 +108,7 @@ class Unique(msgspec.Struct, frozen=True):
     until: int
 
 
-class Insert(msgspec.Struct, frozen=True):
+class Insert(msgspec.Struct, frozen=True, gc=False):
     """Insert a record if neither its id nor a live ``unique`` key is there.
 
     Outcome: ``Inserted``, or ``Conflict`` with the id of the record that is in the way.
@@ -122,7 +124,7 @@ class Insert(msgspec.Struct, frozen=True):
     unique: Unique | None = None
 
 
-class Update(msgspec.Struct, frozen=True):
+class Update(msgspec.Struct, frozen=True, gc=False):
     """Replace the status if the record's ETag is still ``mark.etag``. Outcome: ``Updated`` or ``Conflict``.
 
     ``box`` may differ from ``mark.box``: that is how a record becomes a dead letter and comes back. Payload and state
@@ -140,14 +142,14 @@ class Update(msgspec.Struct, frozen=True):
     """Return the inline payload in the outcome (for claims)."""
 
 
-class Remove(msgspec.Struct, frozen=True):
+class Remove(msgspec.Struct, frozen=True, gc=False):
     """Remove record, payload and state if the ETag is still ``mark.etag``. Outcome: ``Removed`` or ``Conflict``."""
 
     item: Item
     mark: Mark
 
 
-class Reseal(msgspec.Struct, frozen=True):
+class Reseal(msgspec.Struct, frozen=True, gc=False):
     """Replace the bytes of a record if its ETag is still ``mark.etag``: they say the same, under another key.
 
     Box, due time, lease, expiry, group and counts stay, and nobody needs waking. Record and state keep their ETags
@@ -166,7 +168,7 @@ class Reseal(msgspec.Struct, frozen=True):
     """The new state bytes, with the ETag that the state must still have; None leaves the state alone."""
 
 
-class PutState(msgspec.Struct, frozen=True):
+class PutState(msgspec.Struct, frozen=True, gc=False):
     """Write the state document of a record whose ETag is still ``mark.etag``.
 
     ``expect`` is the state's ETag, or None for "there is none yet". Outcome: ``StateWritten`` or ``Conflict``.
@@ -178,7 +180,7 @@ class PutState(msgspec.Struct, frozen=True):
     data: bytes
 
 
-class DropState(msgspec.Struct, frozen=True):
+class DropState(msgspec.Struct, frozen=True, gc=False):
     """Delete the state document, under the same conditions. Outcome: ``StateWritten`` (etag ""), or ``Conflict``."""
 
     item: Item
@@ -186,7 +188,7 @@ class DropState(msgspec.Struct, frozen=True):
     expect: str
 
 
-class PutDocument(msgspec.Struct, frozen=True):
+class PutDocument(msgspec.Struct, frozen=True, gc=False):
     """Write a queue's document (its policy) if its ETag is still ``expect`` (None: it has none yet).
 
     Outcome: ``DocumentWritten`` or ``Conflict``.
@@ -201,31 +203,31 @@ class PutDocument(msgspec.Struct, frozen=True):
 Op = Insert | Update | Remove | Reseal | PutState | DropState | PutDocument
 
 
-class Inserted(msgspec.Struct, frozen=True):
+class Inserted(msgspec.Struct, frozen=True, gc=False):
     """The record is in; ``item`` now has its key."""
 
     item: Item
     mark: Mark
 
 
-class Updated(msgspec.Struct, frozen=True):
+class Updated(msgspec.Struct, frozen=True, gc=False):
     """The record was replaced."""
 
     mark: Mark
     payload: bytes | None
 
 
-class Removed(msgspec.Struct, frozen=True):
+class Removed(msgspec.Struct, frozen=True, gc=False):
     """The record is gone."""
 
 
-class StateWritten(msgspec.Struct, frozen=True):
+class StateWritten(msgspec.Struct, frozen=True, gc=False):
     """The state document has this ETag now."""
 
     etag: str
 
 
-class DocumentWritten(msgspec.Struct, frozen=True):
+class DocumentWritten(msgspec.Struct, frozen=True, gc=False):
     """The queue's document has this ETag now."""
 
     etag: str
@@ -248,7 +250,7 @@ class Cause(enum.Enum):
     """Another op of the same ``commit`` failed, so this one was not applied."""
 
 
-class Conflict(msgspec.Struct, frozen=True):
+class Conflict(msgspec.Struct, frozen=True, gc=False):
     """The op was not applied."""
 
     cause: Cause
@@ -256,6 +258,12 @@ class Conflict(msgspec.Struct, frozen=True):
 
 
 Outcome = Inserted | Updated | Removed | StateWritten | DocumentWritten | Conflict
+
+
+Decide = Callable[[Stored], tuple[Update | Remove, Any] | None]
+"""What `Store.take` asks about a ready record: the op that settles it, with whatever the asker wants back beside the
+outcome; or None to leave the record where it is. Plain computation: it runs while the store is locked, and runs again
+for the same records when the step has to be repeated."""
 
 
 class Page(NamedTuple):
@@ -359,6 +367,16 @@ class Store(Protocol):
 
     async def ready(self, namespace: str, queue: str, now: int, *, limit: int) -> ReadyPage:
         """The first ``limit`` records of the live box that are due at ``now`` and not blocked by their group."""
+
+    async def take(
+        self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide
+    ) -> list[tuple[Any, Updated | Removed]]:
+        """Read ready records in hand-out order and apply what ``decide`` says of each, in one step that no other writer
+        can come between; until ``limit`` ops were applied, or no ready record is left (then there are fewer).
+
+        ``decide`` gets the inline payload with the record unless it is large (then None: ask for it in the op).
+        Durable as ``write`` is; concurrent calls share commits. Raises StoreError when ``capabilities.takes`` is false.
+        """
 
     async def expired(self, now: int, *, limit: int) -> list[Stored]:
         """Records of any queue's live box with ``expires`` ≤ now that nobody holds at ``now`` (not leased, or the

@@ -48,6 +48,7 @@ from millpond.stores.base import (
     Capabilities,
     Conflict,
     Counts,
+    Decide,
     Document,
     DocumentWritten,
     Insert,
@@ -184,10 +185,7 @@ class EncryptedStore:
     def _seal_op(self, op: Op) -> Op:
         # Positional, and the commonest first: this runs for each write.
         if isinstance(op, Update):
-            item = op.item
-            nonce = self.envelope.random_bytes(NONCE_BYTES)
-            status = self.envelope.cipher(item.namespace, item.queue, item.id).seal(STATUS, op.status, nonce)
-            return Update(item, op.mark, op.due, op.leased, op.expires, op.box, status, op.want_payload)
+            return self._seal_update(op)
         if isinstance(op, Remove):
             return op
         if isinstance(op, Insert):
@@ -200,6 +198,12 @@ class EncryptedStore:
         if isinstance(op, Reseal):
             return self._seal_reseal(op)
         return op
+
+    def _seal_update(self, op: Update) -> Update:
+        item = op.item
+        nonce = self.envelope.random_bytes(NONCE_BYTES)
+        status = self.envelope.cipher(item.namespace, item.queue, item.id).seal(STATUS, op.status, nonce)
+        return Update(item, op.mark, op.due, op.leased, op.expires, op.box, status, op.want_payload)
 
     def _seal_insert(self, op: Insert) -> Insert:
         item = op.item
@@ -234,14 +238,20 @@ class EncryptedStore:
             if isinstance(outcome, Updated) and outcome.payload is not None:
                 op = ops[index]
                 assert isinstance(op, Update)
-                payload: bytes | None
-                try:
-                    payload = self._open_payload(op.item, outcome.payload)
-                except MillpondError as error:
-                    self.report(op.item, error)
-                    payload = None
-                outcomes[index] = Updated(outcome.mark, payload)
+                outcomes[index] = self._open_updated(op.item, outcome)
         return outcomes
+
+    def _open_updated(self, item: Item, outcome: Updated) -> Updated:
+        if outcome.payload is None:
+            return outcome
+        return Updated(outcome.mark, self._open_or_none(item, outcome.payload))
+
+    def _open_or_none(self, item: Item, sealed: bytes) -> bytes | None:
+        try:
+            return self._open_payload(item, sealed)
+        except MillpondError as error:
+            self.report(item, error)
+            return None
 
     # Reading
 
@@ -312,6 +322,33 @@ class EncryptedStore:
                 return ReadyPage(records[:limit], more, page.next_due)
             # The bad ones take the place of good ones behind them: look further by as many.
             skip = bad
+
+    async def take(
+        self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide
+    ) -> builtins.list[tuple[Any, Updated | Removed]]:
+        """Settle the first ready records that open as ``decide`` says."""
+
+        def decide_sealed(record: Stored) -> tuple[Update | Remove, Any] | None:
+            try:
+                opened = self._open_record(Stored(record.item, record.mark, record.head, record.status))
+            except MillpondError as error:
+                self.report(record.item, error)
+                return None
+            if record.payload is not None:
+                # One that does not open hides no record: it is the consumer's, who meets the error at the payload.
+                payload = self._open_or_none(record.item, record.payload)
+                opened = Stored(opened.item, opened.mark, opened.head, opened.status, payload)
+            decided = decide(opened)
+            if decided is None:
+                return None
+            op, tag = decided
+            return (op if op.__class__ is Remove else self._seal_update(op)), (op, tag)  # type: ignore[arg-type]
+
+        taken = await self.inner.take(namespace, queue, now, limit=limit, decide=decide_sealed)
+        return [
+            (tag, outcome if isinstance(outcome, Removed) else self._open_updated(op.item, outcome))
+            for (op, tag), outcome in taken
+        ]
 
     async def expired(self, now: int, *, limit: int) -> builtins.list[Stored]:
         """The first ``limit`` expired records that open."""

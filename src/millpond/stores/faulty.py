@@ -26,6 +26,7 @@ from millpond.stores.base import (
     Box,
     Capabilities,
     Counts,
+    Decide,
     Document,
     Item,
     Op,
@@ -34,14 +35,16 @@ from millpond.stores.base import (
     Problem,
     QueueName,
     ReadyPage,
+    Removed,
     Store,
     Stored,
     Subscription,
+    Updated,
 )
 
 T = TypeVar("T")
 
-CHANGING = frozenset({"write", "commit", "write_blob", "sweep"})
+CHANGING = frozenset({"write", "commit", "take", "write_blob", "sweep"})
 """The calls that change what is stored; a crash around any other one is a crash between two of these."""
 
 
@@ -287,6 +290,18 @@ class FaultyStore:
     async def ready(self, namespace: str, queue: str, now: int, *, limit: int) -> ReadyPage:
         """The inner store's ``ready``."""
         return await self._call("ready", lambda: self.inner.ready(namespace, queue, now, limit=limit))
+
+    async def take(
+        self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide
+    ) -> list[tuple[Any, Updated | Removed]]:
+        """The inner store's ``take``, of fewer records when the fault is in the middle."""
+        call, fault = self._meet("take")
+        await self._before(call, fault)
+        if fault is not None and fault.point is Point.MIDDLE:
+            limit = limit // 2 if fault.applied is None else fault.applied
+        taken = await self.inner.take(namespace, queue, now, limit=limit, decide=decide) if limit else []
+        self._after(call, fault)
+        return taken
 
     async def expired(self, now: int, *, limit: int) -> list[Stored]:
         """The inner store's ``expired``."""

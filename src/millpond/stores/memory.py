@@ -7,6 +7,7 @@ only: handles from `MemoryStore.share` play several processes on one store, not 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from millpond.stores.base import (
     Change,
     Conflict,
     Counts,
+    Decide,
     Document,
     DocumentWritten,
     DropState,
@@ -55,6 +57,8 @@ INLINE_LIMIT = 65536
 """As the SQLite store's: what runs against one runs alike against the other."""
 _CHUNK = 1 << 20
 """Largest piece that ``read_blob`` may yield, by the protocol."""
+TAKE_PAYLOAD = 16384
+"""Payloads up to this size are handed to ``decide``, as the SQLite store does."""
 
 _Undo = list[Callable[[], None]]
 
@@ -122,6 +126,7 @@ class MemoryStore:
             change_feed=True,
             durable=False,
             inline_limit=inline_limit,
+            takes=True,
         )
 
     def share(self) -> MemoryStore:
@@ -400,6 +405,47 @@ class MemoryStore:
             if later is not None and (next_due is None or later[0] < next_due):
                 next_due = later[0]
         return ReadyPage(records, more, next_due)
+
+    async def take(
+        self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide
+    ) -> list[tuple[Any, Updated | Removed]]:
+        """Settle the first ready records as ``decide`` says."""
+        self._check_open()
+        found = self._data.queues.get(QueueName(namespace, queue))
+        taken: list[tuple[Any, Updated | Removed]] = []
+        if found is None:
+            return taken
+        self._writes += 1
+        changed: set[Change] = set()
+        undo: _Undo = []
+        try:
+            for priority in sorted(found.lines, reverse=True):
+                line = found.lines[priority]
+                position: tuple[int, ...] = ()
+                # A few at a time: the ops change the line.
+                while chunk := list(itertools.islice(line.since(position), limit - len(taken))):
+                    for entry in chunk:
+                        if entry[0] > now:
+                            break
+                        record = found.by_key[entry[1]]
+                        decided = decide(record.stored(len(record.payload) <= TAKE_PAYLOAD))
+                        if decided is not None:
+                            outcome = self._apply(decided[0], undo, changed)
+                            assert isinstance(outcome, Updated | Removed), outcome
+                            taken.append((decided[1], outcome))
+                    if len(taken) == limit or chunk[-1][0] > now:
+                        break
+                    position = (chunk[-1][0], chunk[-1][1] + 1)
+                if len(taken) == limit:
+                    break
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            changed.clear()
+            raise
+        finally:
+            self._announce(changed)
+        return taken
 
     async def expired(self, now: int, *, limit: int) -> list[Stored]:
         """Expired records that nobody holds, earliest first."""

@@ -10,7 +10,7 @@ Statements are constants, so that each is prepared once. Mind the cost of anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import apsw
 
@@ -19,6 +19,7 @@ from millpond.stores.base import (
     Box,
     Cause,
     Conflict,
+    Decide,
     DocumentWritten,
     DropState,
     Insert,
@@ -37,6 +38,8 @@ from millpond.stores.base import (
     Update,
     Updated,
 )
+from millpond.stores.sqlite.heads import Heads
+from millpond.stores.sqlite.rows import stored
 from millpond.stores.sqlite.schema import BLOCKED, BLOCKED_LEASED, BUCKET, BYTES, CHUNK, CHUNK_BITS, DEAD, FREE, LEASED
 
 DIRECT_DELETE = 4 * CHUNK
@@ -77,6 +80,16 @@ def _next(etag: str) -> str:
     return _NEXT.get(etag) or str(int(etag) + 1)
 
 
+class Take(NamedTuple):
+    """A call of `Store.take`."""
+
+    namespace: str
+    queue: str
+    now: int
+    limit: int
+    decide: Decide
+
+
 class Applier:
     """Applies ops on ``connection`` within transactions that somebody else begins and ends."""
 
@@ -95,6 +108,9 @@ class Applier:
         """The next number; 0 when it was not read in this transaction."""
         self._first = 0
         self._before = 0
+        self._heads: dict[int, Heads] = {}
+        self.wanted: dict[tuple[str, str], int] = {}
+        """Records that the takes still to come want of each queue, roughly: how far a read should go."""
         self.volume = 0
         """Payload bytes inserted in this transaction."""
         self.changed: set[QueueName | tuple[str, str]] = set()
@@ -113,6 +129,8 @@ class Applier:
         self._new_queues = {}
         self._counters = {}
         self._bodies = []
+        if self._heads:
+            self._heads = {}
         self._sequence = self._first = 0
         self.volume = 0
         self.changed = set()
@@ -167,6 +185,41 @@ class Applier:
         self._flush_bodies()
         self._run("RELEASE atomic")
         return outcomes
+
+    def take(self, take: Take) -> list[tuple[Any, Updated | Removed]]:
+        """Settle ready records as ``decide`` says. After an exception the transaction has to be rolled back."""
+        namespace, name, now, limit, decide = take
+        key = (namespace, name)
+        taken: list[tuple[Any, Updated | Removed]] = []
+        queue = self._queues.get(key) or self._new_queues.get(key)
+        if queue is None:
+            queue = self._run("SELECT id FROM queue WHERE namespace=? AND name=?", key).get
+            if queue is None:
+                return taken
+            self._new_queues[key] = queue
+        heads = self._heads.get(queue)
+        if heads is None:
+            # What this transaction inserted is to be found with its payload.
+            self._flush_bodies()
+            heads = self._heads[queue] = Heads(self._run, queue)
+        rows = heads.rows
+        wanted = self.wanted.get(key, 0)
+        left = limit
+        while left:
+            if not rows:
+                heads.read(now, max(left, wanted))
+                if not rows:
+                    break
+            row = rows.popleft()
+            decided = decide(stored(namespace, name, row, row[13]))
+            if decided is None:
+                continue
+            outcome = self._apply(decided[0])
+            if outcome.__class__ is not Conflict:
+                taken.append((decided[1], cast(Updated | Removed, outcome)))
+                left -= 1
+        self.wanted[key] = wanted - limit
+        return taken
 
     def _apply(self, op: Op) -> Outcome:
         kind = type(op)

@@ -16,24 +16,21 @@ from millpond.stores.base import (
     Box,
     Counts,
     Document,
-    Item,
-    Mark,
     Page,
     QueueName,
     ReadyPage,
     Stored,
 )
 from millpond.stores.sqlite.apply import QUEUE_CACHE
+from millpond.stores.sqlite.rows import COLUMNS, FROM, stored
 from millpond.stores.sqlite.schema import BLOCKED, BLOCKED_LEASED, BUCKET, BYTES, CHUNK_BITS, DEAD, FREE, LEASED
 
-_COLUMNS = "m.seq,m.version,m.due,m.leased,m.expires,m.box,m.id,m.priority,m.grp,m.size,m.external,m.status,b.head"
-_FROM = "FROM message m JOIN body b ON b.seq=m.seq"
-_GET = f"SELECT {_COLUMNS} {_FROM} WHERE m.queue=? AND m.id=?"
-_GET_PAYLOAD = f"SELECT {_COLUMNS},b.payload {_FROM} WHERE m.queue=? AND m.id=?"
-_READY = f"SELECT {_COLUMNS} {_FROM} WHERE m.queue=? AND m.lane=? AND m.due<=? ORDER BY m.due,m.seq LIMIT ?"
-_LIST = f"SELECT {_COLUMNS} {_FROM} WHERE m.queue=? AND m.box=? AND m.seq>? ORDER BY m.seq LIMIT ?"
+_GET = f"SELECT {COLUMNS} {FROM} WHERE m.queue=? AND m.id=?"
+_GET_PAYLOAD = f"SELECT {COLUMNS},b.payload {FROM} WHERE m.queue=? AND m.id=?"
+_READY = f"SELECT {COLUMNS} {FROM} WHERE m.queue=? AND m.lane=? AND m.due<=? ORDER BY m.due,m.seq LIMIT ?"
+_LIST = f"SELECT {COLUMNS} {FROM} WHERE m.queue=? AND m.box=? AND m.seq>? ORDER BY m.seq LIMIT ?"
 _EXPIRED = (
-    f"SELECT {_COLUMNS},q.namespace,q.name {_FROM} JOIN queue q ON q.id=m.queue "
+    f"SELECT {COLUMNS},q.namespace,q.name {FROM} JOIN queue q ON q.id=m.queue "
     "WHERE m.expires<=? AND m.expires IS NOT NULL AND m.box=0 AND (m.leased=0 OR m.due<=?) "
     "ORDER BY m.expires,m.seq LIMIT ?"
 )
@@ -46,7 +43,6 @@ _IN_BUCKET = "SELECT count(*),sum(leased) FROM message WHERE queue=? AND lane=? 
 _BLOCKED_IN_BUCKET = (
     "SELECT count(*) FROM message WHERE queue=? AND lane IS NULL AND due>=? AND due<=? AND leased AND box=0"
 )
-_BOXES = {int(box): box for box in Box}
 
 
 class Reads:
@@ -84,7 +80,7 @@ class Reads:
         if number is None:
             return None
         rows = self._run(_GET_PAYLOAD if payload else _GET, (number, id)).fetchall()
-        return _stored(namespace, queue, rows[0], rows[0][13] if payload else None) if rows else None
+        return stored(namespace, queue, rows[0], rows[0][13] if payload else None) if rows else None
 
     def payload(self, key: int) -> bytes | None:
         found: bytes | None = self._run("SELECT payload FROM body WHERE seq=?", (key,)).get
@@ -122,11 +118,11 @@ class Reads:
                 if later is not None and (next_due is None or later < next_due):
                     next_due = later
         more = len(rows) > limit
-        return ReadyPage([_stored(namespace, queue, row) for row in rows[:limit]], more, next_due)
+        return ReadyPage([stored(namespace, queue, row) for row in rows[:limit]], more, next_due)
 
     def expired(self, now: int, limit: int) -> list[Stored]:
         rows = self._run(_EXPIRED, (now, now, limit)).fetchall()
-        return [_stored(row[13], row[14], row) for row in rows]
+        return [stored(row[13], row[14], row) for row in rows]
 
     def queues(self) -> list[QueueName]:
         return [
@@ -200,18 +196,7 @@ class Reads:
         if number is None:
             return Page([], None)
         rows = self._run(_LIST, (number, int(box), after or 0, limit + 1)).fetchall()
-        records = [_stored(namespace, queue, row) for row in rows[:limit]]
+        records = [stored(namespace, queue, row) for row in rows[:limit]]
         if len(rows) <= limit:
             return Page(records, None)
         return Page(records, records[-1].item.key if records else after)
-
-
-def _stored(namespace: str, queue: str, row: Any, payload: bytes | None = None) -> Stored:
-    seq, version, due, leased, expires, box, id, priority, group, size, external, status, head = row[:13]
-    return Stored(
-        Item(namespace, queue, id, priority, group, size, external == 1, seq),
-        Mark(str(version), due, leased == 1, expires, _BOXES[box]),
-        head,
-        status,
-        payload,
-    )

@@ -17,6 +17,7 @@ from millpond.stores.base import (
     Box,
     Capabilities,
     Counts,
+    Decide,
     Document,
     Item,
     Op,
@@ -26,9 +27,12 @@ from millpond.stores.base import (
     QueueName,
     Reach,
     ReadyPage,
+    Removed,
     Stored,
     Subscription,
+    Updated,
 )
+from millpond.stores.sqlite.apply import Take
 from millpond.stores.sqlite.blobs import SLICE
 from millpond.stores.sqlite.check import check
 from millpond.stores.sqlite.failures import translate
@@ -93,6 +97,7 @@ class SqliteStore:
             change_feed=True,
             durable=True,
             inline_limit=inline_limit,
+            takes=True,
         )
 
     @property
@@ -197,6 +202,14 @@ class SqliteStore:
         if self._refusal is not None:
             self._check()
         return await self._writer.submit(ops, True)
+
+    async def take(
+        self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide
+    ) -> list[tuple[Any, Updated | Removed]]:
+        """Settle the first ready records as ``decide`` says, durably. Shares its transaction with concurrent calls."""
+        if self._refusal is not None:
+            self._check()
+        return await self._writer.take(Take(namespace, queue, now, limit, decide))
 
     def _committed(self, changed: set[Name], doomed: bool) -> None:
         if changed:

@@ -26,8 +26,8 @@ import apsw
 
 from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError
 from millpond.model.clock import Clock, TimerHandle
-from millpond.stores.base import Insert, Op, Outcome, PutDocument, PutState, QueueName, Reseal
-from millpond.stores.sqlite.apply import Applier
+from millpond.stores.base import Insert, Op, Outcome, PutDocument, PutState, QueueName, Removed, Reseal, Updated
+from millpond.stores.sqlite.apply import Applier, Take
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
 from millpond.stores.sqlite.threads import Background, tell
@@ -35,6 +35,9 @@ from millpond.stores.sqlite.threads import Background, tell
 MAX_OPS = 1000
 """Ops after which a transaction takes no further call: larger ones gain nothing (60 k messages/s at 200, 66 k at 1000)
 and make everybody wait."""
+SPLIT_OPS = 64
+"""Ops from which a transaction takes only half of what there is to do. While one half is on its way to the disk, the
+callers of the other half compute: both cores work. Below, a second fsync costs more than that gains."""
 MAX_BYTES = 16 * 1024 * 1024
 """Payload bytes after which a transaction takes no further call: about one WAL's worth."""
 GRACE = 0.005
@@ -44,17 +47,35 @@ STRANGER = 0.005
 
 
 class Call:
-    """One ``write`` or ``commit`` and what became of it."""
+    """One ``write``, ``commit`` or ``take``, and what became of it."""
 
-    __slots__ = ("atomic", "error", "future", "ops", "outcomes", "since")
+    __slots__ = ("apply", "error", "future", "outcomes", "portable", "request", "since", "size")
 
-    def __init__(self, ops: Sequence[Op], atomic: bool, future: asyncio.Future[list[Outcome]]) -> None:
-        self.ops = ops
-        self.atomic = atomic
+    def __init__(
+        self,
+        apply: Callable[[Any], Any],
+        request: Any,
+        future: asyncio.Future[Any],
+        size: int,
+        portable: bool,
+    ) -> None:
+        self.apply = apply
+        """What of the applier does ``request``."""
+        self.request = request
         self.future = future
-        self.outcomes: list[Outcome] | None = None
+        self.size = size
+        """Ops, at most."""
+        self.portable = portable
+        """It may be applied in the thread: it calls nothing that belongs to the event loop."""
+        self.outcomes: Any = None
         self.error: BaseException | None = None
         self.since = 0.0
+
+    @property
+    def grows(self) -> bool:
+        """It needs room on the disk."""
+        request = self.request
+        return request.__class__ is not Take and any(isinstance(op, _GROW) for op in request)
 
 
 class Job:
@@ -135,6 +156,8 @@ class Writer:
         self._waiting = False
         self._job: Job | None = None
         self._job_next = False
+        self._answered = 0
+        """Ops of the transaction that has just been answered, whose callers are about to come again."""
         self._timer: TimerHandle | None = None
         self._idle: asyncio.Future[None] | None = None
         self._closing = False
@@ -158,10 +181,23 @@ class Writer:
 
     def submit(self, ops: Sequence[Op], atomic: bool) -> asyncio.Future[list[Outcome]]:
         """The outcomes of ``ops``, once they are durable."""
-        future: asyncio.Future[list[Outcome]] = self._loop.create_future()
+        applier = self._applier
+        return self._submit(applier.commit if atomic else applier.write, ops, len(ops))
+
+    def take(self, take: Take) -> asyncio.Future[list[tuple[Any, Updated | Removed]]]:
+        """What was taken, once that is durable."""
+        wanted = self._applier.wanted
+        name = take[:2]
+        wanted[name] = wanted.get(name, 0) + take.limit
+        return self._submit(self._applier.take, take, take.limit, False)
+
+    def _submit(
+        self, apply: Callable[[Any], Any], request: Any, size: int, portable: bool = True
+    ) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = self._loop.create_future()
         if self._closing:
             raise StoreClosed(f"the store {self._path} is closed")
-        call = Call(ops, atomic, future)
+        call = Call(apply, request, future, size, portable)
         self._pending.append(call)
         if self._waiting:
             call.since = self._clock.monotonic()
@@ -226,12 +262,18 @@ class Writer:
             self._lock.release()
             self._fail_pending(translate(error, self._path))
             return
-        self._run_batch(self._pending)
+        self._run_batch(self._half())
 
-    def _run_batch(self, source: deque[Call]) -> None:
-        """With the lock held and a transaction begun: run what is pending, then have the thread commit it."""
+    def _half(self) -> int:
+        """How many ops to take now, so that about as many are left for the transaction after this one."""
+        waiting = sum(call.size for call in self._pending)
+        return min(MAX_OPS, max(SPLIT_OPS, (waiting + self._answered) // 2))
+
+    def _run_batch(self, limit: int) -> None:
+        """With the lock held and a transaction begun: run up to ``limit`` ops of what is pending, then have the thread
+        commit them."""
         try:
-            batch = self._fill(source)
+            batch = self._fill(self._pending, limit)
         except BaseException:  # an interrupt: the loop is about to end, the lock must not stay behind
             self._roll_back()
             self._lock.release()
@@ -281,6 +323,7 @@ class Writer:
         self._lock.close()
 
     def _rest(self) -> None:
+        self._applier.wanted.clear()
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
@@ -289,7 +332,9 @@ class Writer:
         self._away = False
         self._stop_waiting()
         self._settle(batch)
+        self._answered = batch.ops
         self._again()
+        self._answered = 0
 
     def _settle(self, batch: Batch) -> None:
         numbers = self.numbers
@@ -376,7 +421,7 @@ class Writer:
         self._away = False
         self._stop_waiting()
         self.numbers["lock_wait_seconds"] += waited
-        self._run_batch(self._pending)
+        self._run_batch(MAX_OPS)  # others wait for the lock as well: make the most of it
 
     def _gave_up(self, error: StoreError | None) -> None:
         """The thread stopped waiting: nobody wants the lock any more, or SQLite failed."""
@@ -454,11 +499,16 @@ class Writer:
         source: deque[Call] = deque()
         ops = 0
         with self._mutex:
+            left: deque[Call] = deque()
             while self._pending and ops < MAX_OPS:
                 call = self._pending.popleft()
-                ops += len(call.ops)
-                source.append(call)
-        batch = self._fill(source)
+                if call.portable:
+                    ops += call.size
+                    source.append(call)
+                else:
+                    left.append(call)
+            self._pending.extendleft(reversed(left))
+        batch = self._fill(source, MAX_OPS)
         with self._mutex:
             self._pending.extendleft(reversed(source))
         self.numbers["lock_wait_seconds"] += waited
@@ -499,8 +549,8 @@ class Writer:
             if call.error is None:
                 call.error = type(error)(str(error))
 
-    def _fill(self, source: deque[Call]) -> Batch:
-        """Apply calls from ``source`` to the open transaction, as many as it takes.
+    def _fill(self, source: deque[Call], limit: int) -> Batch:
+        """Apply calls from ``source`` to the open transaction, until it has ``limit`` ops.
 
         A call that raises is left out: the transaction is rolled back, and the others are applied again without it.
         When the disk is full, those that need no more of it get another chance: acks make room.
@@ -514,13 +564,13 @@ class Writer:
             current: Call | None = None
             applier.begin()
             try:
-                while again or (source and ops < MAX_OPS and applier.volume < MAX_BYTES):
+                while again or (source and ops < limit and applier.volume < MAX_BYTES):
                     current = again.popleft() if again else source.popleft()
                     if current.future.done():
                         continue
-                    current.outcomes = applier.commit(current.ops) if current.atomic else applier.write(current.ops)
+                    current.outcomes = current.apply(current.request)
                     calls.append(current)
-                    ops += len(current.ops)
+                    ops += current.size
                 current = None
                 batch.wrote = applier.finish()
                 break
@@ -557,7 +607,7 @@ _CALLERS_FAULT = (apsw.TooBigError, apsw.ConstraintError, apsw.MismatchError, ap
 def _blame(error: Exception, current: Call | None, calls: list[Call]) -> list[Call]:
     """Which of the calls of a transaction that failed while ``current`` was applied have to fail with it."""
     if isinstance(error, apsw.FullError):
-        return [call for call in calls if any(isinstance(op, _GROW) for op in call.ops)] or calls
+        return [call for call in calls if call.grows] or calls
     if current is not None and (not isinstance(error, apsw.Error) or isinstance(error, _CALLERS_FAULT)):
         return [current]
     return calls
