@@ -107,9 +107,15 @@ class Watch:
         self.queue = queue
         self.changed = changed
         self.active = True
+        self.closed = False
+
+    def breaks(self) -> None:
+        """The feed ends, of its own accord."""
+        self.active = False
 
     def close(self) -> None:
         self.active = False
+        self.closed = True
 
 
 class Feed:

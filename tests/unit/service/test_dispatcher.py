@@ -167,6 +167,15 @@ async def test_a_candidate_found_for_nobody_goes_back() -> None:
         assert bench.source.returned == records
 
 
+async def test_whoever_was_served_in_time_leaves_no_timer() -> None:
+    async with Bench() as bench:
+        bench.source.put(*range(5))
+        for _ in range(5):
+            assert await bench.dispatcher.wait(None, "q", timeout=3600) is not None
+        await bench.settle()
+        assert bench.clock.pending_timers == 1  # That of the queue, which lingers.
+
+
 # Leaving
 
 
@@ -405,7 +414,8 @@ async def test_closing_wakes_everybody() -> None:
         await bench.dispatcher.close()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(result, StoreClosed)
-        assert [watch.active for watch in bench.feed.watches] == [False, False]
+        assert [watch.closed for watch in bench.feed.watches] == [True, True]
+        assert bench.dispatcher._states == {}
         assert bench.dispatcher.queue_stats(None, "a") == Stats("default", "a", 0, 0, 0)
         assert bench.clock.pending_timers == 0
         for call in (bench.dispatcher.wait, bench.dispatcher.try_):
@@ -434,7 +444,7 @@ async def test_closing_while_a_queue_lingers_leaves_no_timer() -> None:
         assert await bench.dispatcher.wait(None, "q") is not None
         await bench.settle()
         await bench.dispatcher.close()
-        assert not bench.feed.watches[0].active
+        assert bench.feed.watches[0].closed
         assert bench.clock.pending_timers == 0
 
 

@@ -62,6 +62,17 @@ async def test_news_end_the_back_off(found: bool) -> None:
             await ended(task)
 
 
+async def test_a_poll_that_finds_something_ends_the_back_off_too() -> None:
+    async with Bench(poll_interval=3) as bench:
+        tasks = await bench.line(2)
+        await bench.advance(30, step=1)
+        bench.source.put(1)
+        await bench.advance(30, step=1)
+        assert bench.source.times() == [0, 3, 9, 21, 45, 48, 54]
+        for task in tasks:
+            await ended(task)
+
+
 async def test_jitter_lies_within_its_bounds_and_varies() -> None:
     async with Bench(poll_interval=3, poll_max_interval=3, poll_jitter=0.5) as bench:
         task = await bench.waiting()
@@ -273,6 +284,19 @@ async def test_beyond_the_most_timers_only_the_time_is_kept(monkeypatch: pytest.
         bench.dispatcher.cancel_notify(None, "q", "m9")  # Of this one only the time is known: it stays.
         await bench.advance(20, step=0.5)
         assert bench.source.times() == [0, 11, 18, 19, 19.5]
+        await ended(task)
+
+
+async def test_a_time_that_was_met_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "MAX_TIMERS", 1)
+    async with Bench(poll_interval=30) as bench:
+        task = await bench.waiting()
+        bench.dispatcher.notify_at(None, "q", "first", bench.in_ms(5))
+        await bench.advance(6, step=1)
+        bench.dispatcher.notify_at(None, "q", "second", bench.in_ms(4))
+        bench.dispatcher.cancel_notify(None, "q", "second")
+        await bench.advance(10, step=1)
+        assert bench.source.times() == [0, 5]
         await ended(task)
 
 

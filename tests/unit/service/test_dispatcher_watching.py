@@ -77,12 +77,13 @@ async def test_a_feed_that_closes_is_noticed_and_opened_again() -> None:
         task = await bench.waiting()
         await bench.advance(101, step=0.5)
         assert bench.source.times() == [0]
-        bench.feed.watches[0].close()
+        bench.feed.watches[0].breaks()
         assert not bench.dispatcher.has_active_watcher(None, "q")
         bench.source.put(1)  # Nobody tells of it.
         await bench.advance(TICK, step=0.5)
         assert served([task]) == [1]
         assert [watch.active for watch in bench.feed.watches] == [False, True]
+        assert [watch.closed for watch in bench.feed.watches] == [True, False]
         assert bench.dispatcher.has_active_watcher(None, "q")
 
 
@@ -90,7 +91,7 @@ async def test_a_feed_that_breaks_every_time_makes_no_storm() -> None:
     async with Bench(watched=True, poll_interval=3, poll_max_interval=60) as bench:
         task = await bench.waiting()
         for _ in range(1000):
-            bench.feed.watches[-1].close()
+            bench.feed.watches[-1].breaks()
             await bench.advance(0.1)
         assert len(bench.feed.attempts) == len(bench.source.looks) <= 100 / 3 + 2
         assert len(bench.feed.attempts) >= 3
@@ -101,7 +102,7 @@ async def test_an_event_of_a_feed_that_was_replaced_is_harmless() -> None:
     async with Bench(watched=True) as bench:
         task = await bench.waiting()
         first = bench.feed.watches[0]
-        first.close()
+        first.breaks()
         await bench.advance(TICK, step=0.5)
         first.changed()
         await bench.settle()
@@ -139,7 +140,7 @@ async def test_a_feed_that_does_not_open_is_tried_again_less_and_less() -> None:
         await bench.settle()
         assert bench.dispatcher.has_active_watcher(None, "q")
         # From here on it is trusted again, and its next failure starts from the beginning.
-        bench.feed.watches[0].close()
+        bench.feed.watches[0].breaks()
         bench.feed.failing = StoreError("no inotify")
         bench.feed.attempts.clear()
         for _ in range(3):
@@ -171,7 +172,7 @@ async def test_after_a_while_without_waiters_the_subscription_ends() -> None:
         assert bench.dispatcher.has_active_watcher(None, "q")
         await bench.advance(0.001)
         assert not bench.dispatcher.has_active_watcher(None, "q")
-        assert not bench.feed.watches[0].active
+        assert bench.feed.watches[0].closed
         assert bench.dispatcher._states == {}
         assert bench.clock.pending_timers == 0
 
