@@ -124,6 +124,23 @@ async def test_what_was_collected_is_handed_out_to_nobody() -> None:
         assert (await queue.counts()).ready == 0
 
 
+async def test_the_next_of_an_ordering_key_goes_when_the_collector_took_the_one_before() -> None:
+    async with pond_of(poll_interval=1000, poll_max_interval=1000) as (pond, _):
+        queue = pond.queue("q")
+        await queue.enqueue(b"first", ordering_key="customer-1", ttl=10)
+        second = await queue.enqueue(b"second", ordering_key="customer-1")
+        [message] = await queue.receive()
+        await message.nack(delay=500)
+        waiting = asyncio.create_task(pond.dispatcher.wait(None, "q"))
+        await pond.advance(10)
+        assert not waiting.done()
+        assert (await pond.collect()).expired == 1
+        await pond.settle()
+        candidate = await asyncio.wait_for(waiting, 10)
+        assert candidate is not None
+        assert candidate.id == second.message_id
+
+
 # What is in the way
 
 

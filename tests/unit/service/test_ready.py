@@ -197,6 +197,7 @@ def test_beyond_the_last_one_known_it_claims_to_know_nothing() -> None:
     """With 5 left out, 6 must not be handed out before it; what ranks before 5 may come in."""
     cache = cache_of(record(1), record(2), capacity=2)
     cache.offer(record(5), NOW, inserted=True)
+    cache.offer(record(9), NOW, inserted=True)
     assert drain(cache) == [1, 2]
     cache.offer(record(6), NOW, inserted=True)
     assert len(cache) == 0

@@ -19,7 +19,7 @@ from millpond.service.config import Config
 from millpond.service.consuming import HAND_OUT_LIMIT, Delivery
 from millpond.service.ready import Record
 from millpond.service.service import QueueService
-from millpond.stores.faulty import Call, Fault, Gate, fail_before, hold
+from millpond.stores.faulty import Call, Fault, Gate, fail_before, hold, nth
 from millpond.stores.memory import MemoryStore
 from millpond.testing import TestPond
 
@@ -138,7 +138,7 @@ async def test_a_follower_that_leaves_takes_nobody_with_it() -> None:
 
 async def test_a_change_during_a_refill_asks_for_another() -> None:
     async with pond_of() as (pond, store):
-        await fill(pond, 1)
+        await fill(pond, 5)
         gate = Gate()
         store.plan = on_ready(hold(gate))
         task = asyncio.create_task(pond.service.next_candidates(None, "q", 1))
@@ -146,7 +146,22 @@ async def test_a_change_during_a_refill_asks_for_another() -> None:
         pond.service.foreign_change(*KEY)
         gate.open()
         assert len(await task) == 1
-        assert pond.service.cache(KEY).wants_refill(pond.clock.now_ms(), pond.clock.monotonic())
+        for asked in (2, 2):
+            assert len(await pond.service.next_candidates(None, "q", 1)) == 1
+            assert store.count("ready") == asked
+
+
+async def test_a_change_is_not_forgotten_by_a_refill_that_failed() -> None:
+    async with pond_of() as (pond, store):
+        await fill(pond, 5)
+        assert len(await pond.service.next_candidates(None, "q", 1)) == 1
+        pond.service.foreign_change(*KEY)
+        store.plan = nth(1, "ready", fail_before())
+        with pytest.raises(StoreError):
+            await pond.service.next_candidates(None, "q", 1)
+        asked = store.count("ready")
+        assert len(await pond.service.next_candidates(None, "q", 1)) == 1
+        assert store.count("ready") == asked + 1
 
 
 async def test_what_is_enqueued_during_a_refill_is_not_missed() -> None:
