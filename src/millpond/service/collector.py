@@ -35,7 +35,8 @@ async def collect(service: QueueService) -> Collected:
     passed: set[str] = set()
     while True:
         now = service.clock.now_ms()
-        found = await service.store.expired(now, limit=BATCH + len(passed))
+        before = len(passed)
+        found = await service.store.expired(now, limit=BATCH + before)
         ops: list[Op] = []
         records = []
         for stored in found:
@@ -60,6 +61,8 @@ async def collect(service: QueueService) -> Collected:
             )
             records.append(record)
         if not ops:
+            if len(found) == BATCH + before and len(passed) > before:
+                continue  # Nothing but what cannot be settled, and there may be more behind it.
             break
         outcomes = await service.store.write(ops)
         settled = 0

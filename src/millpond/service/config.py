@@ -12,6 +12,21 @@ from millpond.model.message import DEFAULT_PRIORITY
 
 MAX_SECONDS = 100 * 366 * 86_400.0
 """A century: longer durations are mistakes (milliseconds given as seconds), and sums stay far inside 64 bits."""
+MAX_FAILURES = 1_000_000
+"""Largest failure budget; who wants more wants 0, which is none."""
+
+
+def _duration(name: str, value: Any, *, zero: bool = False) -> None:
+    # Not everything that `milliseconds` takes may stand in a record that is read back as a number.
+    if value.__class__ is not float and value.__class__ is not int:
+        raise InvalidInput(f"{name} must be a number of seconds, not {value!r}")
+    milliseconds(value, name, positive=not zero)
+
+
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if value.__class__ is not int or value < least or (most is not None and value > most):
+        upto = "" if most is None else f" and at most {most:,}"
+        raise InvalidInput(f"{name} must be a whole number, at least {least}{upto}, not {value!r}")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,17 +60,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds between the collector's passes (expired messages, orphans)."""
 
     def __post_init__(self) -> None:
-        for name in ("default_visibility", "default_dedup_window", "policy_max_age", "poll_interval", "orphan_age"):
-            if not 0 < getattr(self, name) <= MAX_SECONDS:
-                raise InvalidInput(f"{name} must be more than 0 seconds and less than a century")
-        if self.default_ttl is not None and not 0 < self.default_ttl <= MAX_SECONDS:
-            raise InvalidInput("default_ttl must be more than 0 seconds, or None for no expiry")
-        for name in ("default_max_attempts",):
-            if getattr(self, name) < 0:
-                raise InvalidInput(f"{name} must not be negative (0 means without limit)")
+        for name in (
+            *("default_visibility", "default_dedup_window", "policy_max_age", "orphan_age", "collect_interval"),
+            *("poll_interval", "poll_max_interval", "resilient_poll_interval"),
+        ):
+            _duration(name, getattr(self, name))
+        _duration("poll_jitter", self.poll_jitter, zero=True)
+        if self.default_ttl is not None:
+            _duration("default_ttl", self.default_ttl)
+        _whole("default_max_attempts", self.default_max_attempts, 0, MAX_FAILURES)
+        for name in ("max_payload_bytes", "max_attributes_bytes", "max_error_bytes", "max_state_bytes"):
+            _whole(name, getattr(self, name), 0)
         for name in ("ready_cache_size", "ready_page_size", "max_consumers", "page_size"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} must be at least 1")
+            _whole(name, getattr(self, name), 1)
 
 
 class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,14 +91,16 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name in ("default_visibility", "ttl", "dedup_window"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= MAX_SECONDS:
-                raise InvalidInput(f"{name} must be more than 0 seconds and less than a century, or None")
-        if self.max_attempts is not None and self.max_attempts < 0:
-            raise InvalidInput("max_attempts must not be negative (0 means without limit)")
+            if value is not None:
+                _duration(name, value)
+        if self.max_attempts is not None:
+            _whole("max_attempts", self.max_attempts, 0, MAX_FAILURES)
         if self.on_expired not in ("discard", "dead_letter"):
             raise InvalidInput("on_expired must be 'discard' or 'dead_letter'")
         if self.on_exhausted not in ("discard", "dead_letter"):
             raise InvalidInput("on_exhausted must be 'dead_letter' or 'discard'")
+        if self.paused.__class__ is not bool:
+            raise InvalidInput(f"paused must be True or False, not {self.paused!r}")
 
 
 POLICY_FORMAT = 1
@@ -92,8 +111,15 @@ class _PolicyDocument(msgspec.Struct, frozen=True):
     policy: QueuePolicy
 
 
+class _Format(msgspec.Struct, frozen=True):
+    """What every format of the document has."""
+
+    format: int
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_PolicyDocument)
+_format_decoder = msgspec.msgpack.Decoder(_Format)
 
 
 def encode_policy(policy: QueuePolicy) -> bytes:
@@ -104,12 +130,12 @@ def encode_policy(policy: QueuePolicy) -> bytes:
 def decode_policy(data: bytes, name: str) -> QueuePolicy:
     """The policy in a queue's document. Raises StoreCorrupt, StoreMismatch."""
     try:
-        document = _decoder.decode(data)
+        format = _format_decoder.decode(data).format
+        if format > POLICY_FORMAT:
+            raise StoreMismatch(f"policy of queue {name} has format {format}; this Millpond reads {POLICY_FORMAT}")
+        return _decoder.decode(data).policy
     except msgspec.DecodeError as error:
         raise StoreCorrupt(f"policy of queue {name} cannot be decoded: {error}") from error
-    if document.format > POLICY_FORMAT:
-        raise StoreMismatch(f"policy of queue {name} has format {document.format}; this Millpond reads {POLICY_FORMAT}")
-    return document.policy
 
 
 class EnqueueOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -77,7 +77,8 @@ class Core:
         """Told when something will become ready at a time (ms UTC)."""
         self._caches: OrderedDict[QueueKey, ReadyCache] = OrderedDict()
         self._policies: OrderedDict[QueueKey, _Policy] = OrderedDict()
-        self._refills: dict[QueueKey, asyncio.Future[None]] = {}
+        self._refills: dict[QueueKey, asyncio.Future[bool]] = {}
+        """Reads under way; True when done, False when given up."""
         self.tasks: set[asyncio.Task[None]] = set()
 
     # Records
@@ -160,32 +161,33 @@ class Core:
 
     async def refill(self, key: QueueKey) -> None:
         """Ask the store what is ready. Callers at the same time share one read, and its error."""
-        under_way = self._refills.get(key)
-        if under_way is not None:
+        while (under_way := self._refills.get(key)) is not None:
             started = self.clock.monotonic()
             self.stats.refresh_waits += 1
             try:
-                await asyncio.shield(under_way)
+                if await asyncio.shield(under_way):
+                    return
             finally:
                 self.stats.refresh_wait_nanos += int((self.clock.monotonic() - started) * 1e9)
-            return
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._refills[key] = future
         try:
-            await self._refill(key)
+            while not await self._refill(key):
+                pass
         except BaseException as error:
             if isinstance(error, Exception):
                 future.set_exception(error)
                 future.exception()  # Followers get it; without followers it is the leader's alone.
             else:
-                future.set_result(None)
+                future.set_result(False)  # The leader was cancelled, not the read: one of the followers does it.
             raise
         else:
-            future.set_result(None)
+            future.set_result(True)
         finally:
             del self._refills[key]
 
-    async def _refill(self, key: QueueKey) -> None:
+    async def _refill(self, key: QueueKey) -> bool:
+        """One read. False when it met nothing but records that cannot be read, and there are more behind them."""
         cache = self.cache(key)
         now = self.clock.now_ms()
         started = self.clock.monotonic()
@@ -193,7 +195,8 @@ class Core:
         stats.inflight_clears += cache.release_overdue(now)
         if len(cache):
             stats.cursor_resets += 1
-        limit = min(self.config.ready_page_size, cache.capacity) + cache.inflight + len(cache.bad)
+        known_bad = len(cache.bad)
+        limit = min(self.config.ready_page_size, cache.capacity) + cache.inflight + known_bad
         # Cleared before the read: a change that arrives while it runs asks for another one.
         cache.dirty = False
         try:
@@ -223,6 +226,7 @@ class Core:
         seen = max((stored.item.key for stored in page.records), default=0)
         cache.fill(records, more=page.more, next_due=page.next_due, monotonic=finished, seen=seen)
         cache.dirty = changed_meanwhile
+        return bool(records) or not page.more or len(cache.bad) == known_bad
 
     @staticmethod
     def report_unreadable(cache: ReadyCache, item: Item, error: MillpondError) -> None:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from millpond.errors import InvalidInput, InvalidQueue, MillpondError, StoreClosed, StoreError, TooManyConsumers
+from millpond.errors import InvalidInput, InvalidQueue, StoreClosed, StoreError, TooManyConsumers
 from millpond.model import names
 from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
@@ -210,13 +210,13 @@ class Dispatcher:
 
     def notify(self, namespace: str | None, queue: str) -> None:
         """Look at the queue now if anybody waits on it (after an enqueue). A bad name is logged, not raised."""
-        state = self._states.get((namespace, queue))  # type: ignore[arg-type]
-        if state is None:
-            try:
+        try:
+            state = self._states.get((namespace, queue))  # type: ignore[arg-type]
+            if state is None:
                 state = self._states.get((names.namespace_name(namespace), names.queue_name(queue)))
-            except InvalidQueue as error:
-                self._log.warning("millpond.dispatcher.bad_name", extra={"reason": str(error)})
-                return
+        except (InvalidQueue, TypeError) as error:  # TypeError: not hashable, so no text.
+            self._log.warning("millpond.dispatcher.bad_name", extra={"reason": str(error)})
+            return
         if state is not None and state.waiters:
             state.wake()
 
@@ -239,8 +239,9 @@ class Dispatcher:
         key = (names.namespace_name(namespace), names.queue_name(queue))
         id = message_id.strip()
         self.cancel_notify(*key, id)
-        delay = due - self._clock.now_ms()
-        if not id or delay <= 0:
+        if self._closed:
+            return
+        if not id or due <= self._clock.now_ms():
             self.ready(*key)
             return
         if len(self._timers) >= MAX_TIMERS:
@@ -248,14 +249,16 @@ class Dispatcher:
             return
         entry = (*key, id)
 
-        def fire() -> None:
-            self._timers.pop(entry, None)
-            if due > self._clock.now_ms():  # The wall clock was set back meanwhile.
-                self.notify_at(*entry, due)
+        def check() -> None:
+            left = (due - self._clock.now_ms()) / 1000
+            if left > 0:
+                # Timers do not follow the wall clock, which may be set either way meanwhile.
+                self._timers[entry] = self._clock.call_later(min(left, TICK), check)
             else:
+                self._timers.pop(entry, None)
                 self.ready(*key)
 
-        self._timers[entry] = self._clock.call_later(delay / 1000, fire)
+        check()
 
     def cancel_notify(self, namespace: str | None, queue: str, message_id: str) -> None:
         """Forget the message's `notify_at`; harmless when there is none."""
@@ -291,6 +294,8 @@ class Dispatcher:
             if state.task is not None:
                 state.task.cancel()
                 tasks.append(state.task)
+            if state.linger is not None:
+                state.linger.cancel()
             self._stop_watching(state)
         await asyncio.gather(*tasks, return_exceptions=True)
         self._states.clear()
@@ -305,7 +310,8 @@ class Dispatcher:
                 self._watch(state)
                 state.woken = False
                 state.alarm = None
-                wanted = min(state.live_waiters(), max(self._page_size, 1))
+                wanted = min(state.live_waiters(), self._page_size)
+                looked = self._clock.now_ms()
                 found: list[Record] = []
                 if wanted:
                     self.polls += 1
@@ -325,7 +331,8 @@ class Dispatcher:
                         # Give the takers their turn before looking for the remaining waiters.
                         await asyncio.sleep(0)
                         continue
-                await self._rest(state, interval)
+                # An answer in part may have come from what the provider had at hand: what is due there is news still.
+                await self._rest(state, interval, None if found else looked)
                 if not state.watched:
                     interval = min(interval * 2, self._poll_max_interval) if not state.woken else self._poll_interval
         finally:
@@ -359,17 +366,24 @@ class Dispatcher:
                 waiter.set_exception(error)
                 return
 
-    async def _rest(self, state: _QueueState, interval: float) -> None:
-        """Sleep until woken, until something is due, or for the poll interval."""
+    async def _rest(self, state: _QueueState, interval: float, looked: int | None) -> None:
+        """Sleep until woken, until something is due, or for the poll interval.
+
+        ``looked``: when the look began that found nothing. What the provider knew to be due by then is no reason for
+        another one: it stays due while it cannot be handed out (a paused queue), and there would be no rest at all."""
         started = self._clock.monotonic()
         rest = self._resilient_poll_interval if state.watched else interval
         if self._poll_jitter and not state.watched:
             rest += self._poll_jitter * self._ids.below(1000) / 1000
         while not state.woken and state.waiters:
-            alarms = [at for at in (state.alarm, self._provider.next_due(*state.key)) if at is not None]
+            now = self._clock.now_ms()
+            due = self._provider.next_due(*state.key)
+            if due is not None and looked is not None and due <= looked <= now:
+                due = None
+            alarms = [at for at in (state.alarm, due) if at is not None]
             remaining = started + rest - self._clock.monotonic()
             if alarms:
-                until_due = (min(alarms) - self._clock.now_ms()) / 1000
+                until_due = (min(alarms) - now) / 1000
                 if until_due <= 0:
                     return
                 remaining = min(remaining, until_due)
@@ -421,7 +435,7 @@ class Dispatcher:
             state.watch_retry = FIRST_RETRY
             # What happened before the subscription was not told: look afresh.
             self._provider.foreign_change(*key)
-        except MillpondError as error:
+        except Exception as error:  # The factory may be anybody's, and polling does without it.
             state.watch_retry_at = now + state.watch_retry
             state.watch_retry = min(state.watch_retry * 2, MAX_RETRY)
             self._log.warning(

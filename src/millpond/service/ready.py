@@ -206,6 +206,9 @@ class ReadyCache:
             item = record.item
             if item.id in inflight:
                 continue
+            if len(entries) >= self.capacity:
+                more = True
+                break
             known = old.get(item.id)
             if known is not None and known.mark.etag == record.mark.etag:
                 record = known
@@ -282,6 +285,10 @@ class ReadyCache:
         """The candidate was not used: it is at hand again."""
         item = record.item
         if self._inflight.pop(item.id, None) is None or self.asleep:
+            return
+        if len(self._entries) >= self.capacity:
+            # Others have taken its place, and it may rank before them: the store knows.
+            self.more = self.dirty = True
             return
         self._entries[item.id] = record
         if record.payload is not None:

@@ -49,6 +49,12 @@ def test_statuses_come_back(status: Status) -> None:
     assert decode_status(encode(status), "x") == status
 
 
+def test_no_failures_are_written_as_such_and_are_not_the_attempts() -> None:
+    status = msgspec.structs.replace(STATUS, attempts=4, failures=0)
+    assert msgspec.msgpack.decode(encode(status))[3:5] == [4, 0]
+    assert decode_status(encode(status), "x").failures == 0
+
+
 @pytest.mark.parametrize(("decode", "record", "what"), DECODERS)
 def test_the_format_comes_first(decode: Any, record: Any, what: str) -> None:
     assert msgspec.msgpack.decode(encode(record))[0] == 1

@@ -50,3 +50,21 @@ def test_other_layouts_are_none(other: str) -> None:
     assert keys.parse_state_lease_key(other) is None
     assert not keys.is_queue_message_key(other)
     assert not keys.is_queue_state_key(other)
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("default/q/orders/state/m", True),
+        ("q/orders/state/m", True),
+        ("/q/orders/state/m", True),
+        ("default/q/orders/msg/m", False),
+        ("default/q//state/m", False),
+        ("state/m", False),
+        ("default/q/orders/state", False),
+        ("default/q/orders/state/", False),
+        ("a/b/q/orders/state/m", False),
+    ],
+)
+def test_which_keys_are_those_of_a_state(key: str, expected: bool) -> None:
+    assert keys.is_queue_state_key(key) is expected
