@@ -13,6 +13,16 @@ from millpond.model.message import DEFAULT_PRIORITY
 MAX_SECONDS = 100 * 366 * 86_400.0
 """A century: longer durations are mistakes (milliseconds given as seconds), and sums stay far inside 64 bits."""
 
+MAX_ATTEMPTS = 1_000_000
+"""Larger budgets are mistakes; 0 is how to say "never"."""
+
+
+def check_max_attempts(value: Any, what: str = "max_attempts") -> int:
+    """The failure budget as given. Raises InvalidInput."""
+    if value.__class__ is not int or not 0 <= value <= MAX_ATTEMPTS:
+        raise InvalidInput(f"{what} must be a whole number from 1 to {MAX_ATTEMPTS:,} (0 means without limit)")
+    return int(value)
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Defaults and limits of a pond. Durations are seconds. None of it is stored: it is this process's view."""
@@ -50,9 +60,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidInput(f"{name} must be more than 0 seconds and less than a century")
         if self.default_ttl is not None and not 0 < self.default_ttl <= MAX_SECONDS:
             raise InvalidInput("default_ttl must be more than 0 seconds, or None for no expiry")
-        for name in ("default_max_attempts",):
-            if getattr(self, name) < 0:
-                raise InvalidInput(f"{name} must not be negative (0 means without limit)")
+        check_max_attempts(self.default_max_attempts, "default_max_attempts")
         for name in ("ready_cache_size", "ready_page_size", "max_consumers", "page_size"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1")
@@ -72,16 +80,20 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing is handed out while it is set; producers and holders go on."""
 
     def __post_init__(self) -> None:
+        # The policy is stored: one that cannot be read back, or that no message can be enqueued under, would close its
+        # queue to everybody. So types are checked, and durations by what reads them.
         for name in ("default_visibility", "ttl", "dedup_window"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= MAX_SECONDS:
+            if value is not None and (value.__class__ not in (int, float) or milliseconds(value, name) <= 0):
                 raise InvalidInput(f"{name} must be more than 0 seconds and less than a century, or None")
-        if self.max_attempts is not None and self.max_attempts < 0:
-            raise InvalidInput("max_attempts must not be negative (0 means without limit)")
+        if self.max_attempts is not None:
+            check_max_attempts(self.max_attempts)
         if self.on_expired not in ("discard", "dead_letter"):
             raise InvalidInput("on_expired must be 'discard' or 'dead_letter'")
         if self.on_exhausted not in ("discard", "dead_letter"):
             raise InvalidInput("on_exhausted must be 'dead_letter' or 'discard'")
+        if self.paused.__class__ is not bool:
+            raise InvalidInput("paused must be True or False")
 
 
 POLICY_FORMAT = 1
