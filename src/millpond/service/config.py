@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any, Literal
 
 import msgspec
 
-from millpond.errors import InvalidInput, StoreCorrupt, StoreMismatch
+from millpond.errors import InvalidInput, StoreCorrupt, StoreMismatch, TooLarge
 from millpond.model.message import DEFAULT_PRIORITY
 
 MAX_SECONDS = 100 * 366 * 86_400.0
@@ -145,16 +146,42 @@ class EnqueueOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 DEFAULT_OPTIONS = EnqueueOptions()
 
+MAX_KEY_BYTES = 512
+"""For dedup and ordering keys, content types, correlation ids and owners: they stand in indexes, headers and leases."""
+MAX_COUNT = 1 << 53
+"""More than any store holds; larger counts mean this, because no store need know a number of 70 bits."""
 
-def milliseconds(seconds: float, what: str, *, positive: bool = False) -> int:
+
+def short_text(value: Any, what: str) -> str | None:
+    """Text that is not empty, or None. Raises InvalidInput, TooLarge."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise InvalidInput(f"{what} must be text that is not empty, or None")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{what} is not valid Unicode text") from error
+    if size > MAX_KEY_BYTES:
+        raise TooLarge(f"{what} is longer than {MAX_KEY_BYTES} bytes; nothing was done")
+    return value
+
+
+def check_count(value: Any, what: str) -> int:
+    """How many of something, at least one. Raises InvalidInput."""
+    if value.__class__ is not int or value < 1:
+        raise InvalidInput(f"{what} must be a whole number, at least one, not {value!r:.100}")
+    return min(int(value), MAX_COUNT)
+
+
+def milliseconds(seconds: float | timedelta, what: str, *, positive: bool = False) -> int:
     """Seconds as integer milliseconds, rounded up so that nothing is visible early. Raises InvalidInput."""
     if seconds.__class__ is not float and seconds.__class__ is not int:
-        total = getattr(seconds, "total_seconds", None)
-        if total is None or isinstance(seconds, bool):
-            raise InvalidInput(f"{what} must be a number of seconds, not {seconds!r}")
-        seconds = total()
+        if not isinstance(seconds, timedelta):
+            raise InvalidInput(f"{what} must be a number of seconds, not {seconds!r:.100}")
+        seconds = seconds.total_seconds()
     if not 0 <= seconds <= MAX_SECONDS:
-        raise InvalidInput(f"{what} must be between 0 seconds and a century, not {seconds!r}")
+        raise InvalidInput(f"{what} must be between 0 seconds and a century, not {seconds!r:.100}")
     result = math.ceil(round(seconds * 1000, 3))
     if positive and result <= 0:
         raise InvalidInput(f"{what} must be more than 0 seconds")

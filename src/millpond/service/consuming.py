@@ -12,8 +12,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-
 from millpond import lifecycle
 from millpond.errors import (
     InvalidInput,
@@ -23,8 +21,9 @@ from millpond.errors import (
     StoreError,
     TooLarge,
 )
+from millpond.model import codec
 from millpond.model.message import Lease, Status
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds, short_text
 from millpond.service.core import ATTEMPTS, QueueKey
 from millpond.service.producing import Enqueued, Producing
 from millpond.service.ready import ReadyCache, Record
@@ -104,6 +103,7 @@ class Consuming(Producing):
         """
         key = self.key(namespace, queue)
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
+        owner, txn_id = short_text(owner, "owner"), short_text(txn_id, "txn_id")
         if limit.__class__ is not int or limit < 1:
             raise InvalidInput(f"count must be a whole number, at least one, not {limit!r}")
         cache = self.cache(key)
@@ -413,14 +413,11 @@ class Consuming(Producing):
         if isinstance(error, BaseException):
             error = f"{type(error).__name__}: {error}"
         limit = self.config.max_error_bytes
-        try:
-            encoded = msgspec.msgpack.encode(error)
-        except (TypeError, ValueError, OverflowError, RecursionError) as cause:
-            raise InvalidInput(f"the error cannot be encoded: {cause}") from cause
+        encoded, plain = codec.encode_value(error, "the error")
         if len(encoded) > limit:
             raise TooLarge(f"the error takes {len(encoded)} bytes, more than the limit of {limit}; shorten it")
         # As it will be read back, for those who get it from this process's cache.
-        return error if isinstance(error, str) else msgspec.msgpack.decode(encoded)
+        return plain
 
     def _nack_plan(
         self, delivery: Delivery, record: Record | None, delay: int, error: Any, policy: QueuePolicy
@@ -523,6 +520,8 @@ class Consuming(Producing):
 
     async def bury(self, delivery: Delivery, reason: str, *, error: Any = None) -> None:
         """The holder gives the message up for good: a dead letter with this reason. Raises LeaseLost, TooLarge."""
+        if not isinstance(reason, (str, BaseException)):
+            raise InvalidInput(f"a reason is text, not {type(reason).__name__}")
         reason = str(self.error_value(reason))
         kept = self.error_value(error)
 

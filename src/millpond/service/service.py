@@ -7,7 +7,7 @@ while the store works.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from millpond import lifecycle
 from millpond.errors import InvalidInput, LeaseLost, MessageNotFound, MillpondError, StoreError
 from millpond.model import names
 from millpond.model.message import Lease, Status
-from millpond.service.config import QueuePolicy, milliseconds
+from millpond.service.config import QueuePolicy, check_count, milliseconds, short_text
 from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS, QueueKey, log
 from millpond.service.ready import ReadyCacheStats, Record
@@ -58,8 +58,7 @@ class QueueService(States):
     ) -> MessageListResult:
         """Messages in order of insertion, whatever their visibility. A record that cannot be read is left out and
         logged. Raises InvalidQueue, InvalidInput."""
-        if limit < 1:
-            raise InvalidInput("limit must be at least 1")
+        limit = check_count(limit, "limit")
         page = await self.store.list(*self.key(namespace, queue), box, after=after, limit=limit)
         records = []
         for stored in page.records:
@@ -117,6 +116,7 @@ class QueueService(States):
 
     async def peek(self, namespace: str | None, queue: str, limit: int) -> list[Record]:
         """The first ready messages, left where they are; read from the store, so that it disturbs no consumer."""
+        limit = check_count(limit, "count")
         page = await self.store.ready(*self.key(namespace, queue), self.clock.now_ms(), limit=limit)
         records = []
         for stored in page.records:
@@ -187,6 +187,7 @@ class QueueService(States):
         if not records:
             return []
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
+        owner, txn_id = short_text(owner, "owner"), short_text(txn_id, "txn_id")
         key = (records[0].item.namespace, records[0].item.queue)
         deliveries: list[Delivery] = []
         policy = await self.policy(key)
@@ -313,7 +314,10 @@ class QueueService(States):
     ) -> int:
         if ids is None:
             return await self._work_through(key, Box.DEAD, decide, done)
-        records = [await self.dead_letter(*key, id) for id in dict.fromkeys(ids)]
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise InvalidInput("ids must be a list of message ids, or None for all")
+        wanted = dict.fromkeys([names.message_id(id) for id in ids])
+        records = [await self.dead_letter(*key, id) for id in wanted]
         planned = [(record, op) for record in records if (op := decide(record)) is not None]
         outcomes = await self.store.write([op for _, op in planned])
         count = 0
