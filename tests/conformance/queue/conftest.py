@@ -69,8 +69,16 @@ class World:
             return self._memory.share()
         return SqliteStore(self.path, clock=SystemClock())
 
-    def pond(self, *, config: Config | None = None, plan: Plan | None = None) -> Pond:
-        """A pond on the store, to be used with ``async with``; `faults` has its calls when there is a ``plan``."""
+    def pond(
+        self,
+        *,
+        config: Config | None = None,
+        plan: Plan | None = None,
+        around: Callable[[Store], Store] = lambda store: store,
+    ) -> Pond:
+        """A pond on the store, to be used with ``async with``; with a ``plan`` its store is a `FaultyStore`.
+
+        ``around``: a store to put around all others."""
         store: Any = Busy(self.handle())
         self.stores.append(store)
         if self.encrypted:
@@ -79,7 +87,7 @@ class World:
             store = FaultyStore(store, plan)
         self._made += 1
         chance = random.Random(self._made)
-        return Pond(store, clock=self.clock, config=config, random_bytes=chance.randbytes)
+        return Pond(around(store), clock=self.clock, config=config, random_bytes=chance.randbytes)
 
     @asynccontextmanager
     async def queue(self, name: str = "orders", **options: Any) -> AsyncIterator[Queue]:
