@@ -89,6 +89,22 @@ async def test_a_resume_elsewhere_reaches_those_who_wait(world: World) -> None:
         assert message.payload == b"x"
 
 
+async def test_what_comes_due_while_paused_does_not_keep_who_waits_busy(world: World) -> None:
+    async with world.pond() as pond:
+        queue = pond.queue("orders")
+        await queue.enqueue(b"x", delay=5)
+        waiting = await world.waiting(queue.receive(wait=1000))
+        await queue.pause()
+        await world.settle()
+        looked = pond.dispatcher.polls
+        await world.advance(5)
+        await world.advance(60)
+        assert pond.dispatcher.polls - looked < 60, "it looks all the time"
+        await queue.resume()
+        await world.settle()
+        assert [message.payload for message in await waiting] == [b"x"]
+
+
 async def test_a_pause_is_of_one_queue(world: World) -> None:
     async with world.pond() as pond:
         paused, other, namespace = pond.queue("a"), pond.queue("b"), pond.queue("a", namespace="n")
