@@ -27,7 +27,7 @@ from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy
 from millpond.service.core import ATTEMPTS, QueueKey
 from millpond.service.producing import Enqueued, Producing
 from millpond.service.ready import ReadyCache, Record
-from millpond.stores.base import Conflict, DropState, Item, Op, Outcome, Remove, Removed, Updated
+from millpond.stores.base import Conflict, Item, Op, Outcome, Remove, Removed, Updated
 
 log = logging.getLogger("millpond.service")
 
@@ -137,6 +137,9 @@ class Consuming(Producing):
                     # What was leased is the caller's; the store's trouble will meet the next call.
                     return deliveries
                 raise
+            except asyncio.CancelledError:
+                self.spawn(asyncio.create_task(self._put_back(deliveries)))
+                raise
             if lost:
                 cache.lost_race()
             else:
@@ -206,6 +209,7 @@ class Consuming(Producing):
             self.spawn(asyncio.create_task(self._undo_claims(plans)))
             raise
         lost = 0
+        unloaded: list[tuple[Delivery, Item]] = []
         for (record, verdict), outcome in zip(plans, outcomes, strict=True):
             item = record.item
             cache.settle(item.id)
@@ -226,10 +230,13 @@ class Consuming(Producing):
                     continue
                 delivery.payload = payload
                 if payload is None:
-                    await self._load_payload(delivery, item)
+                    unloaded.append((delivery, item))
             else:
                 self.gone(item)
                 self._log_end(record, verdict)
+        # Last, so that whoever is cancelled here has all that was leased among its deliveries.
+        for delivery, item in unloaded:
+            await self._load_payload(delivery, item)
         return lost
 
     async def _load_payload(self, delivery: Delivery, item: Item) -> None:
@@ -263,17 +270,24 @@ class Consuming(Producing):
             assert lease is not None
             item = record.item
             try:
-                # Writes are applied in the order in which they were asked for, so this one, which never applies, says
-                # that the claim's is decided.
-                await self.store.write((DropState(item, record.mark, "-"),))
+                await self.decided(item.namespace, item.queue)
                 await self.defer(Delivery(item.namespace, item.queue, item.id, lease.id, lease.token))
             except LeaseLost:
-                continue  # The claim had not gone through, or somebody has taken the message since.
+                # The claim had not gone through, or somebody has taken the message since. If it is free, those who wait
+                # do not know that they may have it.
+                self.on_ready(item.namespace, item.queue)
             except MillpondError as error:
                 log.warning(
                     "millpond.claim.not_given_back",
                     extra={"queue": item.queue, "message_id": item.id, "reason": str(error)},
                 )
+
+    async def _put_back(self, deliveries: list[Delivery]) -> None:
+        """A claim was cancelled after some of its writes: what they leased goes back at once, without a failure."""
+        try:
+            await self.defer_many(deliveries)
+        except MillpondError as error:
+            log.warning("millpond.claim.not_given_back", extra={"reason": str(error)})
 
     def give_back(self, candidates: Sequence[Record]) -> None:
         """Candidates that will not be claimed are at hand again for the next taker."""
@@ -292,7 +306,7 @@ class Consuming(Producing):
             if record is None:
                 record = await self.load(delivery.namespace, delivery.queue, delivery.id)
             plan = decide(record)
-            outcomes = await self.store.write((plan.op,))
+            outcomes = await self.write((plan.op,))
             if outcomes[0].__class__ is not Conflict:
                 plan.done(outcomes[0])
                 return
@@ -318,7 +332,7 @@ class Consuming(Producing):
                     results[index] = error
             if not plans:
                 return results
-            outcomes = await self.store.write([plan.op for _, plan in plans])
+            outcomes = await self.write([plan.op for _, plan in plans])
             open_ = []
             for (index, plan), outcome in zip(plans, outcomes, strict=True):
                 if outcome.__class__ is Conflict:
@@ -351,7 +365,7 @@ class Consuming(Producing):
         if record is not None:
             # The common case without the detours: the record is as this holder last saw it.
             lifecycle.ack(record.status, delivery.lease_id, delivery.token)
-            outcomes = await self.store.write((Remove(record.item, record.mark),))
+            outcomes = await self.write((Remove(record.item, record.mark),))
             delivery.record = None
             if outcomes[0].__class__ is not Conflict:
                 self.gone(record.item)
@@ -377,7 +391,7 @@ class Consuming(Producing):
                 record = await self.load(delivery.namespace, delivery.queue, delivery.id)
             plan = self._ack_plan(delivery, record)
             indexes = [index for index in range(len(drafts)) if index not in duplicates]
-            outcomes = await self.store.commit([plan.op, *(drafts[index].op for index in indexes)])
+            outcomes = await self.commit([plan.op, *(drafts[index].op for index in indexes)])
             if isinstance(outcomes[0], Removed):
                 plan.done(outcomes[0])
                 results = dict(zip(indexes, outcomes[1:], strict=True)) | duplicates

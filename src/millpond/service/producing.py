@@ -53,7 +53,7 @@ class Producing(Core):
             draft = self._build(key, defaults, source, len(source), False, options, None)
         else:
             draft = await self._draft(key, defaults, source, options)
-        outcomes = await self.store.write((draft.op,))
+        outcomes = await self.write((draft.op,))
         return self._enqueued(draft, outcomes[0])
 
     async def enqueue_many(
@@ -69,7 +69,7 @@ class Producing(Core):
             else await self._draft(key, defaults, source, options)
             for source in sources
         ]
-        outcomes = await self.store.write([draft.op for draft in drafts])
+        outcomes = await self.write([draft.op for draft in drafts])
         return [self._enqueued(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
 
     async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
