@@ -119,11 +119,11 @@ class Queue:
     ) -> Receipt:
         """Put a message into the queue; when this returns, it is stored for good.
 
-        ``payload``: bytes, `millpond.text`/`json`/`msgpack` of a value, a binary file, or an async iterator of bytes
-        (streamed in bounded memory). ``delay``, ``ttl``, ``visibility``, ``dedup_window``: seconds. ``priority``: 0-9,
-        higher first. ``max_attempts``: failures until it is a dead letter, 0 = never. ``dedup_key``: a second enqueue
-        within the window returns the first message. ``ordering_key``: messages of one key are delivered one at a time,
-        in order. None means the queue's policy, then the pond's default.
+        ``payload``: bytes, `millpond.text`/`json`/`msgpack` of a value, a binary file, or an iterator of bytes, async
+        or not (streamed in bounded memory). ``delay``, ``ttl``, ``visibility``, ``dedup_window``: seconds.
+        ``priority``: 0-9, higher first. ``max_attempts``: failures until it is a dead letter, 0 = never. ``dedup_key``:
+        a second enqueue within the window returns the first message. ``ordering_key``: messages of one key are
+        delivered one at a time, in order. None means the queue's policy, then the pond's default.
 
         Raises InvalidInput and TooLarge before anything is written, StoreError."""
         options = DEFAULT_OPTIONS
