@@ -271,10 +271,11 @@ def test_a_stream_that_is_left_early_is_closed(pond: SyncPond) -> None:
         finally:
             closed.set()
 
-    chunks = sync._iterate(pond._portal, source())
+    held = source()  # Or the garbage collector would close it.
+    chunks = sync._iterate(pond._portal, held)
     assert next(chunks) == b"x"
     chunks.close()  # type: ignore[attr-defined]
-    assert closed.wait(PATIENCE)
+    assert closed.wait(5)
 
 
 def test_a_stream_outlives_its_pond_by_nothing(url: str) -> None:

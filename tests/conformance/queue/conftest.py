@@ -115,6 +115,11 @@ class World:
         assert not task.done(), f"it did not wait: {task}"
         return task
 
+    async def soon(self, task: asyncio.Future[T]) -> T:
+        """The result of a task that has no reason left to wait, so that one which does fails instead of hanging."""
+        async with asyncio.timeout(20):
+            return await task
+
     async def eventually(self, condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
         """Poll a condition that another thread makes true, or another pond over the change feed."""
         loop = asyncio.get_running_loop()

@@ -241,7 +241,7 @@ async def test_the_others_who_wait_get_what_a_cancelled_one_leaves(world: World)
             if isinstance(result, list):
                 await queue.defer_many(result)
             await world.settle()
-            [message] = await second
+            [message] = await world.soon(second)
             assert message.failures == 0
             await message.ack()
 

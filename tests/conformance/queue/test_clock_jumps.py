@@ -70,7 +70,7 @@ async def test_who_waits_is_woken_by_a_jump_to_the_due_time(world: World) -> Non
         waiting = await world.waiting(queue.receive(wait=HOUR * 10))
         world.clock.jump(HOUR)
         await world.advance(TICK)
-        assert [message.payload for message in await waiting] == [b"x"]
+        assert [message.payload for message in await world.soon(waiting)] == [b"x"]
 
 
 async def test_a_wait_ends_in_its_own_time_whatever_the_wall_clock_does(world: World) -> None:
@@ -81,7 +81,7 @@ async def test_a_wait_ends_in_its_own_time_whatever_the_wall_clock_does(world: W
             await world.advance(19)
             assert not waiting.done()
             await world.advance(1)
-            assert await waiting == []
+            assert await world.soon(waiting) == []
 
 
 async def test_what_is_enqueued_after_a_jump_back_wakes_who_waits(world: World) -> None:
@@ -90,7 +90,7 @@ async def test_what_is_enqueued_after_a_jump_back_wakes_who_waits(world: World) 
         world.clock.jump(-HOUR)
         await queue.enqueue(b"x")
         await world.settle()
-        assert [message.payload for message in await waiting] == [b"x"]
+        assert [message.payload for message in await world.soon(waiting)] == [b"x"]
 
 
 async def test_a_delay_is_kept_over_a_jump_there_and_back(world: World) -> None:
@@ -105,7 +105,7 @@ async def test_a_delay_is_kept_over_a_jump_there_and_back(world: World) -> None:
         assert not waiting.done()
         await world.advance(1)
         await world.settle()
-        assert [message.payload for message in await waiting] == [b"x"]
+        assert [message.payload for message in await world.soon(waiting)] == [b"x"]
 
 
 async def test_time_to_live_and_dedup_go_by_the_wall_clock(world: World) -> None:

@@ -140,7 +140,7 @@ async def test_a_redriven_message_wakes_who_waits(world: World) -> None:
         waiting = await world.waiting(queue.receive(wait=1000))
         await queue.dead_letters.redrive([id])
         await world.settle()
-        assert [message.id for message in await waiting] == [id]
+        assert [message.id for message in await world.soon(waiting)] == [id]
 
 
 async def test_a_redriven_message_has_its_time_to_live_anew(world: World) -> None:

@@ -83,7 +83,7 @@ async def test_who_waits_for_the_successor_is_woken(world: World) -> None:
             if all(task.done() for task in waiting):
                 break
             await world.advance(3)
-        assert sorted([(await task)[0].payload for task in waiting]) == [b"1", b"2"]
+        assert sorted([(await world.soon(task))[0].payload for task in waiting]) == [b"1", b"2"]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ async def test_peek_beside_a_waiting_consumer(world: World) -> None:
         await queue.enqueue(b"x")
         await queue.peek(5)
         await world.settle()
-        assert [message.payload for message in await waiting] == [b"x"]
+        assert [message.payload for message in await world.soon(waiting)] == [b"x"]
 
 
 async def test_purge_leaves_the_held_ones(world: World) -> None:

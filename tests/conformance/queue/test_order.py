@@ -152,7 +152,7 @@ async def test_the_ack_wakes_the_one_who_waits_for_the_next(world: World) -> Non
         waiting = await world.waiting(queue.receive(wait=1000))
         await first.ack()
         await world.settle()
-        assert [message.payload for message in await waiting] == [b"k1"]
+        assert [message.payload for message in await world.soon(waiting)] == [b"k1"]
 
 
 async def test_one_that_is_given_back_still_comes_first(world: World) -> None:

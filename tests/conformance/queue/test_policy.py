@@ -58,7 +58,7 @@ async def test_a_waiting_consumer_gets_nothing_until_the_resume(world: World) ->
         assert not waiting.done()
         await queue.resume()
         await world.settle()
-        [message] = await waiting
+        [message] = await world.soon(waiting)
         assert message.payload == b"x"
 
 
@@ -85,7 +85,7 @@ async def test_a_resume_elsewhere_reaches_those_who_wait(world: World) -> None:
             if waiting.done():
                 break
             await world.advance(Config().poll_interval)
-        [message] = await waiting
+        [message] = await world.soon(waiting)
         assert message.payload == b"x"
 
 
@@ -102,7 +102,7 @@ async def test_what_comes_due_while_paused_does_not_keep_who_waits_busy(world: W
         assert pond.dispatcher.polls - looked < 60, "it looks all the time"
         await queue.resume()
         await world.settle()
-        assert [message.payload for message in await waiting] == [b"x"]
+        assert [message.payload for message in await world.soon(waiting)] == [b"x"]
 
 
 async def test_a_pause_is_of_one_queue(world: World) -> None:
