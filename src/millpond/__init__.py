@@ -29,7 +29,12 @@ _WHERE = {
     "QueueCounts": "queue",
     "QueuePolicy": "service.config",
     "Receipt": "queue",
+    "SyncDeadLetters": "sync",
+    "SyncMessage": "sync",
+    "SyncMessageState": "sync",
+    "SyncMessageView": "sync",
     "SyncPond": "sync",
+    "SyncQueue": "sync",
     "connect": "pond",
     "connect_sync": "sync",
     "json": "service.payloads",
@@ -85,7 +90,15 @@ if TYPE_CHECKING:
     from millpond.queue import Answer, DeadLetters, Queue, QueueCounts, Receipt
     from millpond.service.config import Config, EnqueueOptions, QueuePolicy
     from millpond.service.payloads import Payload, json, msgpack, text
-    from millpond.sync import SyncPond, connect_sync
+    from millpond.sync import (
+        SyncDeadLetters,
+        SyncMessage,
+        SyncMessageState,
+        SyncMessageView,
+        SyncPond,
+        SyncQueue,
+        connect_sync,
+    )
 
 
 def __getattr__(name: str) -> Any:
@@ -134,7 +147,12 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreMismatch",
+    "SyncDeadLetters",
+    "SyncMessage",
+    "SyncMessageState",
+    "SyncMessageView",
     "SyncPond",
+    "SyncQueue",
     "Tampered",
     "TooLarge",
     "TooManyConsumers",

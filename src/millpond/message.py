@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -217,6 +217,8 @@ class Message:
 
     async def read(self, limit: int | None = None) -> bytes:
         """The whole payload in memory. Raises TooLarge when it is larger than ``limit`` bytes."""
+        if limit is not None and (limit.__class__ is not int or limit < 0):
+            raise InvalidInput(f"limit must be a whole number of bytes, or None, not {limit!r:.100}")
         if limit is not None and self.payload_size > limit:
             raise TooLarge(f"the payload has {self.payload_size} bytes, more than {limit}; use message.stream()")
         return b"".join([chunk async for chunk in self.stream()])
@@ -243,6 +245,8 @@ class Message:
 
         ``then``: messages to enqueue in the same commit, as (queue, payload) or (queue, payload, options dict); a
         namespace may be given among the options. Raises LeaseLost (nothing changed)."""
+        if not isinstance(then, Iterable):
+            raise InvalidInput("then is a list of (queue, payload) or (queue, payload, {options})")
         await self._service.ack(self._delivery, [hand_off(entry, self.namespace) for entry in then] if then else ())
 
     async def nack(self, error: Any = None, delay: float = 0.0) -> None:
@@ -278,7 +282,10 @@ def hand_off(entry: Any, namespace: str) -> HandOff:
     if not isinstance(entry, tuple) or len(entry) not in (2, 3):
         raise InvalidInput("an entry of then is (queue, payload) or (queue, payload, {options})")
     queue, source = entry[0], entry[1]
-    options = dict(entry[2]) if len(entry) == 3 else {}
+    given = entry[2] if len(entry) == 3 else {}
+    if not isinstance(given, Mapping):
+        raise InvalidInput(f"the options of an entry of then are a dict, not {type(given).__name__}")
+    options = dict(given)
     namespace = options.pop("namespace", namespace)
     try:
         return HandOff(namespace, queue, source, EnqueueOptions(**options))

@@ -119,16 +119,16 @@ class Queue:
     ) -> Receipt:
         """Put a message into the queue; when this returns, it is stored for good.
 
-        ``payload``: bytes, `millpond.text`/`json`/`msgpack` of a value, a binary file, or an async iterator of bytes
-        (streamed in bounded memory). ``delay``, ``ttl``, ``visibility``, ``dedup_window``: seconds. ``priority``: 0-9,
-        higher first. ``max_attempts``: failures until it is a dead letter, 0 = never. ``dedup_key``: a second enqueue
-        within the window returns the first message. ``ordering_key``: messages of one key are delivered one at a time,
-        in order. None means the queue's policy, then the pond's default.
+        ``payload``: bytes, `millpond.text`/`json`/`msgpack` of a value, a binary file, or an iterator of bytes, async
+        or not (streamed in bounded memory). ``delay``, ``ttl``, ``visibility``, ``dedup_window``: seconds.
+        ``priority``: 0-9, higher first. ``max_attempts``: failures until it is a dead letter, 0 = never. ``dedup_key``:
+        a second enqueue within the window returns the first message. ``ordering_key``: messages of one key are
+        delivered one at a time, in order. None means the queue's policy, then the pond's default.
 
         Raises InvalidInput and TooLarge before anything is written, StoreError."""
         options = DEFAULT_OPTIONS
         if (
-            delay
+            delay != 0.0
             or ttl is not None
             or priority != DEFAULT_PRIORITY
             or max_attempts is not None
@@ -228,31 +228,33 @@ class Queue:
                 return deliveries
         return []
 
-    async def ack_many(self, messages: Sequence[Message]) -> list[Answer]:
+    async def ack_many(self, messages: Iterable[Message]) -> list[Answer]:
         """Ack each in shared commits; one that fails (LeaseLost) does not hinder the others and is in its answer."""
-        errors = await self._service.ack_many([message._delivery for message in messages])
-        return _answers(messages, errors)
+        deliveries = _deliveries(messages)
+        return _answers(deliveries, await self._service.ack_many(deliveries))
 
-    async def nack_many(self, messages: Sequence[Message], *, error: Any = None, delay: float = 0.0) -> list[Answer]:
+    async def nack_many(self, messages: Iterable[Message], *, error: Any = None, delay: float = 0.0) -> list[Answer]:
         """Nack each in shared commits."""
-        deliveries = [message._delivery for message in messages]
-        return _answers(messages, await self._service.nack_many(deliveries, error=error, delay=delay))
+        deliveries = _deliveries(messages)
+        return _answers(deliveries, await self._service.nack_many(deliveries, error=error, delay=delay))
 
-    async def defer_many(self, messages: Sequence[Message], *, delay: float = 0.0) -> list[Answer]:
+    async def defer_many(self, messages: Iterable[Message], *, delay: float = 0.0) -> list[Answer]:
         """Give each back in shared commits, without a failure."""
-        deliveries = [message._delivery for message in messages]
-        return _answers(messages, await self._service.defer_many(deliveries, delay=delay))
+        deliveries = _deliveries(messages)
+        return _answers(deliveries, await self._service.defer_many(deliveries, delay=delay))
 
-    async def extend_many(self, messages: Sequence[Message], seconds: float) -> list[Answer]:
+    async def extend_many(self, messages: Iterable[Message], seconds: float) -> list[Answer]:
         """Extend each lease to ``seconds`` from now, in shared commits."""
-        deliveries = [message._delivery for message in messages]
-        return _answers(messages, await self._service.extend_many(deliveries, seconds))
+        deliveries = _deliveries(messages)
+        return _answers(deliveries, await self._service.extend_many(deliveries, seconds))
 
     def handle(self, message_id: str, lease_id: str, token: Any) -> Message:
         """A message held by this lease, to be answered from here: for answers that arrive by another way than the
         delivery (a command line, a web request). Nothing is read; a wrong lease shows in the answer."""
         if token.__class__ is not int or token < 1:
             raise InvalidInput("a fencing token is a whole number greater than 0")
+        if lease_id.__class__ is not str or not lease_id:
+            raise InvalidInput("a lease id is text that is not empty")
         id = names.message_id(message_id)
         return Message(self._service, Delivery(self.namespace, self.name, id, lease_id, token))
 
@@ -308,8 +310,20 @@ class Queue:
         return f"<Queue {self.namespace}/{self.name}>"
 
 
-def _answers(messages: Sequence[Message], errors: Sequence[MillpondError | None]) -> list[Answer]:
-    return [Answer(message.id, error) for message, error in zip(messages, errors, strict=True)]
+def _deliveries(messages: Iterable[Message]) -> list[Delivery]:
+    """What the messages are to the service; a generator is read once. Raises InvalidInput before any is answered."""
+    if not isinstance(messages, Iterable):
+        raise InvalidInput("batch answers take a list of messages")
+    deliveries = []
+    for message in messages:
+        if not isinstance(message, Message):
+            raise InvalidInput(f"batch answers take messages, not {type(message).__name__}")
+        deliveries.append(message._delivery)
+    return deliveries
+
+
+def _answers(deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> list[Answer]:
+    return [Answer(delivery.id, error) for delivery, error in zip(deliveries, errors, strict=True)]
 
 
 __all__ = ["Answer", "DeadLetters", "Lease", "Queue", "QueueCounts", "Receipt"]

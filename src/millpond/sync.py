@@ -2,15 +2,18 @@
 
 Nothing is implemented twice. Every object that the asynchronous API returns is handed out inside a thin proxy: calling
 one of its coroutines runs it on the loop and waits, its async iterators become iterators, everything else is passed
-through. A call that is interrupted (Ctrl-C) is cancelled on the loop, too.
+through. A call that is interrupted (Ctrl-C) is cancelled on the loop, too. What type checkers know of the proxies is
+in ``sync_types.pyi``, which is written from the asynchronous classes.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, KeysView, ValuesView
+from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,54 +26,102 @@ if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
     from millpond.model.clock import Clock
     from millpond.service.config import Config
+    from millpond.sync_types import (
+        PondCalls,
+        SyncDeadLetters,
+        SyncMessage,
+        SyncMessageState,
+        SyncMessageView,
+        SyncQueue,
+    )
+
+
+__all__ = [
+    "SyncDeadLetters",
+    "SyncMessage",
+    "SyncMessageState",
+    "SyncMessageView",
+    "SyncPond",
+    "SyncQueue",
+    "connect_sync",
+]
 
 
 class Portal:
-    """A background event loop and the way into it."""
+    """A background event loop and the way into it. Loop and thread begin with the first call."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="millpond portal", daemon=True)
-        self._thread.start()
+        self._mutex = threading.Lock()
+        """Guards what follows: no call is put on a loop that has ended, where it would wait for ever."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self.closing = threading.Lock()
+        """Held by whoever closes what runs here, so that a second one waits for the first to be done."""
 
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
         try:
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            loop.run_forever()
+            # Calls of other threads that are still under way end here, and their callers are told.
+            tasks = asyncio.all_tasks(loop)
+            for task in tasks:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
-            self._loop.close()
+            loop.close()
 
-    def run(self, awaitable: Awaitable[Any]) -> Any:
-        """Run on the loop and wait for the result. Raises what it raises."""
-
+    def _submit(self, awaitable: Awaitable[Any]) -> Future[Any]:
         async def call() -> Any:
             return await awaitable
 
-        if self._loop.is_closed():
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()
-            raise StoreClosed("this pond is closed")
+        with self._mutex:
+            if self._closed:
+                _discard(awaitable)
+                raise StoreClosed("this pond is closed")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._serve, args=(self._loop,), name="millpond portal", daemon=True
+                )
+                self._thread.start()
+            return asyncio.run_coroutine_threadsafe(call(), self._loop)
+
+    def run(self, awaitable: Awaitable[Any]) -> Any:
+        """Run on the loop and wait for the result. Raises what it raises, and StoreClosed when the loop ends first."""
         if threading.current_thread() is self._thread:
-            if inspect.iscoroutine(awaitable):
-                awaitable.close()
+            _discard(awaitable)
             raise RuntimeError("a synchronous call from the pond's own loop would wait for itself")
-        future = asyncio.run_coroutine_threadsafe(call(), self._loop)
+        future = self._submit(awaitable)
         try:
             return future.result()
+        except CancelledError:
+            if not self._closed:
+                raise
+            raise StoreClosed("the pond was closed while this call was under way") from None
         except BaseException:
             future.cancel()
             raise
 
+    def forget(self, awaitable: Awaitable[Any]) -> None:
+        """Run on the loop without waiting, from any thread; nothing when the loop has ended."""
+        with contextlib.suppress(StoreClosed):
+            self._submit(awaitable)
+
     def close(self) -> None:
         """End the loop and its thread. Safe to repeat."""
-        if self._loop.is_closed():
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        with self._mutex:
+            if not self._closed and self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._closed = True
+        if self._thread is not None:
+            self._thread.join()
 
 
-_PROXIED = (Queue, Message, MessageState, MessageView, DeadLetters)
+def _discard(awaitable: Awaitable[Any]) -> None:
+    if inspect.iscoroutine(awaitable):
+        awaitable.close()
 
 
 class Synchronous:
@@ -82,8 +133,10 @@ class Synchronous:
         self._portal = portal
         self._target = target
 
-    def __getattr__(self, name: str) -> Any:
-        return _outside(self._portal, getattr(self._target, name))
+    if not TYPE_CHECKING:  # A type checker goes by millpond.sync_types, where a wrong name is wrong.
+
+        def __getattr__(self, name: str) -> Any:
+            return _outside(self._portal, getattr(self._target, name))
 
     def __dir__(self) -> list[str]:
         return dir(self._target)
@@ -98,19 +151,67 @@ class Synchronous:
         return id(self._target)
 
 
+if not TYPE_CHECKING:
+
+    class PondCalls:
+        """What `Pond` and `SyncPond` have in common; for type checkers only."""
+
+        __slots__ = ()
+
+    class SyncQueue(Synchronous):
+        """`Queue`, for synchronous code."""
+
+        __slots__ = ()
+
+    class SyncMessage(Synchronous):
+        """`Message`, for synchronous code."""
+
+        __slots__ = ()
+
+    class SyncMessageState(Synchronous):
+        """`MessageState`, for synchronous code."""
+
+        __slots__ = ()
+
+    class SyncMessageView(Synchronous):
+        """`MessageView`, for synchronous code."""
+
+        __slots__ = ()
+
+    class SyncDeadLetters(Synchronous):
+        """`DeadLetters`, for synchronous code."""
+
+        __slots__ = ()
+
+
+PROXIES: dict[type, Any] = {
+    Queue: SyncQueue,
+    Message: SyncMessage,
+    MessageState: SyncMessageState,
+    MessageView: SyncMessageView,
+    DeadLetters: SyncDeadLetters,
+}
+"""What synchronous code gets for an object of these classes."""
+
+
 def _inside(value: Any) -> Any:
-    """The object behind a proxy, also in lists and tuples of arguments."""
+    """The object behind a proxy, also in what an argument holds; what is drawn from an iterator, as it is drawn."""
     if isinstance(value, Synchronous):
         return value._target
-    if isinstance(value, list):
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(map(_inside, value))
+    if isinstance(value, (KeysView, ValuesView)):
         return [_inside(each) for each in value]
+    if isinstance(value, Iterator) and not hasattr(value, "read"):
+        return map(_inside, value)
     return value
 
 
 def _outside(portal: Portal, value: Any) -> Any:
     """What synchronous code gets in place of ``value``."""
-    if isinstance(value, _PROXIED):
-        return Synchronous(portal, value)
+    proxy = PROXIES.get(type(value))
+    if proxy is not None:
+        return proxy(portal, value)
     if type(value) is list:
         return [_outside(portal, each) for each in value]
     if isinstance(value, AsyncIterator):
@@ -133,15 +234,22 @@ def _method(portal: Portal, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _iterate(portal: Portal, source: AsyncIterator[Any]) -> Iterator[Any]:
-    while True:
-        try:
-            value = portal.run(anext(source))
-        except StopAsyncIteration:
-            return
-        yield value
+    try:
+        while True:
+            try:
+                value = portal.run(anext(source))
+            except StopAsyncIteration:
+                return
+            yield value
+    finally:
+        # Whoever stops early releases at once what the source holds. Not waited for: the garbage collector may be the
+        # one who stops, in any thread.
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            portal.forget(close())
 
 
-class SyncPond(Synchronous):
+class SyncPond(Synchronous, PondCalls):
     """A pond for synchronous code. Use as ``with``; safe for any number of threads."""
 
     __slots__ = ()
@@ -160,12 +268,13 @@ class SyncPond(Synchronous):
 
     def close(self) -> None:
         """As `Pond.close`; safe to repeat."""
-        try:
-            self._portal.run(self._target.close())
-        except StoreClosed:
-            return  # Closed before.
-        finally:
-            self._portal.close()
+        with self._portal.closing:
+            try:
+                self._portal.run(self._target.close())
+            except StoreClosed:
+                return  # Closed before.
+            finally:
+                self._portal.close()
 
     def __enter__(self) -> SyncPond:
         return self.open()

@@ -34,6 +34,10 @@ def _memory(_: Path) -> Callable[[], Store]:
     return MemoryStore(clock=ManualClock()).share
 
 
+def _candidates(_: Path) -> Callable[[], Store]:
+    return MemoryStore(clock=ManualClock(), takes=False).share
+
+
 def _sqlite(directory: Path) -> Callable[[], Store]:
     # Waiting for another handle's lock takes real time.
     return lambda: SqliteStore(directory / "pond.db", clock=SystemClock())
@@ -49,6 +53,7 @@ def _encrypted(inner: Callable[[Path], Callable[[], Store]]) -> Callable[[Path],
 
 STORES: dict[str, Callable[[Path], Callable[[], Store]]] = {
     "memory": _memory,
+    "memory-candidates": _candidates,
     "sqlite": _sqlite,
     "memory-encrypted": _encrypted(_memory),
     "sqlite-encrypted": _encrypted(_sqlite),

@@ -662,6 +662,13 @@ class Machine(RuleBasedStateMachine):
         self.stale_since[which] = self.elapsed
 
 
+class CandidatesMachine(Machine):
+    """Memory that cannot take: consumers compete for candidates of their ready caches."""
+
+    def stores(self) -> Callable[[], Store]:
+        return MemoryStore(clock=self.clock, inline_limit=INLINE, takes=False).share
+
+
 class SqliteMachine(Machine):
     """One file, two ponds with connections of their own."""
 
@@ -688,4 +695,4 @@ class EncryptedSqliteMachine(SqliteMachine):
         return lambda: EncryptedStore(inner(), KEYRING)
 
 
-__all__ = ["EncryptedMemoryMachine", "EncryptedSqliteMachine", "Machine", "Msg", "SqliteMachine"]
+__all__ = ["CandidatesMachine", "EncryptedMemoryMachine", "EncryptedSqliteMachine", "Machine", "Msg", "SqliteMachine"]

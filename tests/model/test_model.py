@@ -12,7 +12,13 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from tests.model.machine import EncryptedMemoryMachine, EncryptedSqliteMachine, Machine, SqliteMachine
+from tests.model.machine import (
+    CandidatesMachine,
+    EncryptedMemoryMachine,
+    EncryptedSqliteMachine,
+    Machine,
+    SqliteMachine,
+)
 
 LONG = int(os.environ.get("MILLPOND_MODEL_EXAMPLES", "0"))
 
@@ -31,8 +37,14 @@ def _settings(examples: int) -> settings:
 
 @pytest.mark.parametrize(
     ("machine", "examples"),
-    [(Machine, 100), (EncryptedMemoryMachine, 25), (SqliteMachine, 40), (EncryptedSqliteMachine, 10)],
-    ids=["memory", "memory-encrypted", "sqlite", "sqlite-encrypted"],
+    [
+        (Machine, 70),
+        (CandidatesMachine, 50),
+        (EncryptedMemoryMachine, 25),
+        (SqliteMachine, 40),
+        (EncryptedSqliteMachine, 10),
+    ],
+    ids=["memory", "memory-candidates", "memory-encrypted", "sqlite", "sqlite-encrypted"],
 )
 def test_queue_does_what_its_model_does(machine: type[Machine], examples: int) -> None:
     run_state_machine_as_test(machine, settings=_settings(examples))

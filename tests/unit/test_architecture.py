@@ -26,7 +26,8 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted((SOURCE / "millpond").rglob("*.py"))}
+MODULES = {module_name(path): path for path in sorted((SOURCE / "millpond").rglob("*.py*")) if path.suffix != ".pyc"}
+"""Stubs as well: they import as modules do."""
 
 
 def read_rules(text: str) -> dict[str, frozenset[str]]:

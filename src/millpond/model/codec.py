@@ -5,9 +5,11 @@ A record of a newer format than this code knows is refused by name, never half u
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
-from millpond.errors import MillpondError, StoreCorrupt, StoreMismatch, UnknownKey
+from millpond.errors import InvalidInput, MillpondError, StoreCorrupt, StoreMismatch, UnknownKey
 from millpond.model.message import HEAD_FORMAT, STATUS_FORMAT, Head, Status
 
 
@@ -27,6 +29,33 @@ _versioned = msgspec.msgpack.Decoder(_Versioned)
 
 encode = _encoder.encode
 """Encode a Head or a Status."""
+
+MAX_DEPTH = 100
+"""Levels of lists and dicts in a user's value. What may be encoded but not decoded is a matter of how deep the caller's
+stack is, so without a limit of our own one consumer could not read what another producer could write."""
+
+
+def encode_value(value: Any, what: str) -> tuple[bytes, Any]:
+    """A user's value (attributes, error, state) as bytes, and as it will be read back: independent of the caller's own.
+
+    Raises InvalidInput for what MessagePack has no form for."""
+    try:
+        data = _encoder.encode(value)
+        plain = msgspec.msgpack.decode(data)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        raise InvalidInput(f"{what} cannot be encoded: {error}") from error
+    # A level takes a byte at least.
+    if len(data) > MAX_DEPTH and _deeper(plain, MAX_DEPTH):
+        raise InvalidInput(f"{what} cannot be encoded: more than {MAX_DEPTH} levels of lists and dicts")
+    return data, plain
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return False
+    return levels == 0 or any(_deeper(each, levels - 1) for each in value)
 
 
 def decode_head(data: bytes, name: str) -> Head:

@@ -18,16 +18,19 @@ from typing import NamedTuple
 from millpond import lifecycle
 from millpond.errors import InvalidInput, LeaseLost, MillpondError, StoreError
 from millpond.model.message import Status
-from millpond.service.config import QueuePolicy, milliseconds
+from millpond.service.config import QueuePolicy, milliseconds, short_text
 from millpond.service.consuming import Consuming, Delivery
 from millpond.service.core import QueueKey
 from millpond.service.ready import ReadyCache, Record
-from millpond.stores.base import Conflict, DropState, Item, Mark, Remove, Stored, Update, Updated
+from millpond.stores.base import Conflict, Item, Mark, Remove, Stored, Update, Updated
 
 log = logging.getLogger("millpond.service")
 
 HAND_OUT_LIMIT = 30_000
 """Milliseconds for which a candidate counts as being handed out; a taker that vanished blocks it no longer."""
+
+MAX_TAKE = 1000
+"""Messages of one write to a store that chooses for itself; a larger claim is several, so that no writer waits long."""
 
 
 class Grant(NamedTuple):
@@ -67,6 +70,7 @@ class Claiming(Consuming):
         """
         key = self.key(namespace, queue)
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
+        owner, txn_id = short_text(owner, "owner"), short_text(txn_id, "txn_id")
         if limit.__class__ is not int or limit < 1:
             raise InvalidInput(f"count must be a whole number, at least one, not {limit!r}")
         cache = self.cache(key)
@@ -90,10 +94,15 @@ class Claiming(Consuming):
                 await self._take(key, cache, limit, grant, deliveries)
             else:
                 await self._claim_candidates(key, cache, candidates, limit, grant, deliveries)
+            await self.load_payloads(deliveries)
         except StoreError:
             # What was leased is the caller's; the store's trouble will meet the next call.
             if not deliveries:
                 raise
+        except asyncio.CancelledError:
+            if deliveries:
+                self.spawn(asyncio.create_task(self._put_back(deliveries)))
+            raise
         return deliveries
 
     @staticmethod
@@ -128,7 +137,7 @@ class Claiming(Consuming):
             return judged[0], plan
 
         while True:
-            wanted = limit - len(deliveries)
+            wanted = min(limit - len(deliveries), MAX_TAKE)
             try:
                 taken = await self.store.take(*key, now, limit=wanted, decide=decide)
             except asyncio.CancelledError:
@@ -140,7 +149,7 @@ class Claiming(Consuming):
             settled = False
             for (record, verdict), outcome in taken:
                 if outcome.__class__ is Updated and verdict.__class__ is lifecycle.Deliver:
-                    await self._delivered(record, verdict.status, outcome.mark, outcome.payload, deliveries)
+                    self._delivered(record, verdict.status, outcome.mark, outcome.payload, deliveries)
                 else:
                     settled = True
                     self._given_up(record, verdict)
@@ -158,6 +167,8 @@ class Claiming(Consuming):
     async def _look(self, key: QueueKey, cache: ReadyCache) -> bool:
         """Whether anything is ready: a read, so that consumers of an empty queue keep no writer waiting."""
         page = await self.store.ready(*key, self.clock.now_ms(), limit=1)
+        self.stats.list_scans += 1
+        self.stats.list_objects += len(page.records)
         if page.records:
             return True
         if cache.asleep:
@@ -257,7 +268,7 @@ class Claiming(Consuming):
                 lost += 1
             elif isinstance(verdict, lifecycle.Deliver):
                 assert isinstance(outcome, Updated)
-                await self._delivered(record, verdict.status, outcome.mark, outcome.payload, deliveries)
+                self._delivered(record, verdict.status, outcome.mark, outcome.payload, deliveries)
             else:
                 self._given_up(record, verdict)
         if deliveries:
@@ -290,21 +301,17 @@ class Claiming(Consuming):
             return self.update(record, verdict.status), verdict
         return Remove(record.item, record.mark), verdict
 
-    async def _delivered(
-        self, record: Record, status: Status, mark: Mark, payload: bytes | None, deliveries: list[Delivery]
+    @staticmethod
+    def _delivered(
+        record: Record, status: Status, mark: Mark, payload: bytes | None, deliveries: list[Delivery]
     ) -> None:
         item, lease = record.item, status.lease
         assert lease is not None
         leased = Record(item, mark, record.head, status)
         delivery = Delivery(item.namespace, item.queue, item.id, lease.id, lease.token, leased)
+        if not item.external:
+            delivery.payload = payload if record.payload is None else record.payload
         deliveries.append(delivery)
-        if item.external:
-            return
-        if record.payload is not None:
-            payload = record.payload
-        delivery.payload = payload
-        if payload is None:
-            await self._load_payload(delivery, item)
 
     def _arm(self, key: QueueKey, cache: ReadyCache, deliveries: Sequence[Delivery]) -> None:
         """The first of these leases to end is the next time to look."""
@@ -315,6 +322,13 @@ class Claiming(Consuming):
     def _given_up(self, record: Record, verdict: lifecycle.Bury | lifecycle.Discard | lifecycle.Deliver) -> None:
         self.gone(record.item)
         self.log_end(record, verdict)
+
+    async def load_payloads(self, deliveries: Sequence[Delivery]) -> None:
+        """Read the inline payloads that did not come with their messages: after all of a claim's writes, so that who
+        is cancelled meanwhile has everything that was leased among the deliveries."""
+        for delivery in deliveries:
+            if delivery.payload is None and delivery.record is not None and not delivery.record.item.external:
+                await self._load_payload(delivery, delivery.record.item)
 
     async def _load_payload(self, delivery: Delivery, item: Item) -> None:
         """The store handed out the message without its payload: ask for it, and keep the reason if it cannot be read.
@@ -337,17 +351,24 @@ class Claiming(Consuming):
             assert lease is not None
             item = record.item
             try:
-                # Writes are applied in the order in which they were asked for, so this one, which never applies, says
-                # that the claim's is decided.
-                await self.store.write((DropState(item, record.mark, "-"),))
+                await self.decided(item.namespace, item.queue)
                 await self.defer(Delivery(item.namespace, item.queue, item.id, lease.id, lease.token))
             except LeaseLost:
-                continue  # The claim had not gone through, or somebody has taken the message since.
+                # The claim had not gone through, or somebody has taken the message since. If it is free, those who wait
+                # do not know that they may have it.
+                self.on_ready(item.namespace, item.queue)
             except MillpondError as error:
                 log.warning(
                     "millpond.claim.not_given_back",
                     extra={"queue": item.queue, "message_id": item.id, "reason": str(error)},
                 )
+
+    async def _put_back(self, deliveries: list[Delivery]) -> None:
+        """A claim was cancelled after some of its writes: what they leased goes back at once, without a failure."""
+        try:
+            await self.defer_many(deliveries)
+        except MillpondError as error:
+            log.warning("millpond.claim.not_given_back", extra={"reason": str(error)})
 
     def give_back(self, candidates: Sequence[Record]) -> None:
         """Candidates that will not be claimed are at hand again for the next taker."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from typing import Any, Literal
 
 import msgspec
 
-from millpond.errors import InvalidInput, StoreCorrupt, StoreMismatch
+from millpond.errors import InvalidInput, StoreCorrupt, StoreMismatch, TooLarge
 from millpond.model.message import DEFAULT_PRIORITY
 
 MAX_SECONDS = 100 * 366 * 86_400.0
 """A century: longer durations are mistakes (milliseconds given as seconds), and sums stay far inside 64 bits."""
-MAX_FAILURES = 1_000_000
+MAX_ATTEMPTS = 1_000_000
 """Largest failure budget; who wants more wants 0, which is none."""
 
 
@@ -68,7 +69,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _duration("poll_jitter", self.poll_jitter, zero=True)
         if self.default_ttl is not None:
             _duration("default_ttl", self.default_ttl)
-        _whole("default_max_attempts", self.default_max_attempts, 0, MAX_FAILURES)
+        _whole("default_max_attempts", self.default_max_attempts, 0, MAX_ATTEMPTS)
         for name in ("max_payload_bytes", "max_attributes_bytes", "max_error_bytes", "max_state_bytes"):
             _whole(name, getattr(self, name), 0)
         for name in ("ready_cache_size", "ready_page_size", "max_consumers", "page_size"):
@@ -89,12 +90,14 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing is handed out while it is set; producers and holders go on."""
 
     def __post_init__(self) -> None:
+        # The policy is stored: one that cannot be read back, or that no message can be enqueued under, would close its
+        # queue to everybody. So types are checked, and durations by what reads them.
         for name in ("default_visibility", "ttl", "dedup_window"):
             value = getattr(self, name)
             if value is not None:
                 _duration(name, value)
         if self.max_attempts is not None:
-            _whole("max_attempts", self.max_attempts, 0, MAX_FAILURES)
+            _whole("max_attempts", self.max_attempts, 0, MAX_ATTEMPTS)
         if self.on_expired not in ("discard", "dead_letter"):
             raise InvalidInput("on_expired must be 'discard' or 'dead_letter'")
         if self.on_exhausted not in ("discard", "dead_letter"):
@@ -159,16 +162,42 @@ class EnqueueOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 DEFAULT_OPTIONS = EnqueueOptions()
 
+MAX_KEY_BYTES = 512
+"""For dedup and ordering keys, content types, correlation ids and owners: they stand in indexes, headers and leases."""
+MAX_COUNT = 1 << 53
+"""More than any store holds; larger counts mean this, because no store need know a number of 70 bits."""
 
-def milliseconds(seconds: float, what: str, *, positive: bool = False) -> int:
+
+def short_text(value: Any, what: str) -> str | None:
+    """Text that is not empty, or None. Raises InvalidInput, TooLarge."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise InvalidInput(f"{what} must be text that is not empty, or None")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{what} is not valid Unicode text") from error
+    if size > MAX_KEY_BYTES:
+        raise TooLarge(f"{what} is longer than {MAX_KEY_BYTES} bytes; nothing was done")
+    return value
+
+
+def check_count(value: Any, what: str) -> int:
+    """How many of something, at least one. Raises InvalidInput."""
+    if value.__class__ is not int or value < 1:
+        raise InvalidInput(f"{what} must be a whole number, at least one, not {value!r:.100}")
+    return min(int(value), MAX_COUNT)
+
+
+def milliseconds(seconds: float | timedelta, what: str, *, positive: bool = False) -> int:
     """Seconds as integer milliseconds, rounded up so that nothing is visible early. Raises InvalidInput."""
     if seconds.__class__ is not float and seconds.__class__ is not int:
-        total = getattr(seconds, "total_seconds", None)
-        if total is None or isinstance(seconds, bool):
-            raise InvalidInput(f"{what} must be a number of seconds, not {seconds!r}")
-        seconds = total()
+        if not isinstance(seconds, timedelta):
+            raise InvalidInput(f"{what} must be a number of seconds, not {seconds!r:.100}")
+        seconds = seconds.total_seconds()
     if not 0 <= seconds <= MAX_SECONDS:
-        raise InvalidInput(f"{what} must be between 0 seconds and a century, not {seconds!r}")
+        raise InvalidInput(f"{what} must be between 0 seconds and a century, not {seconds!r:.100}")
     result = math.ceil(round(seconds * 1000, 3))
     if positive and result <= 0:
         raise InvalidInput(f"{what} must be more than 0 seconds")

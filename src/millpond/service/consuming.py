@@ -11,8 +11,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
-
 from millpond import lifecycle
 from millpond.errors import (
     InvalidInput,
@@ -22,6 +20,7 @@ from millpond.errors import (
     StoreError,
     TooLarge,
 )
+from millpond.model import codec
 from millpond.model.message import Lease, Status
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
 from millpond.service.core import ATTEMPTS, QueueKey
@@ -88,7 +87,7 @@ class Consuming(Producing):
             if record is None:
                 record = await self.load(delivery.namespace, delivery.queue, delivery.id)
             plan = decide(record)
-            outcomes = await self.store.write((plan.op,))
+            outcomes = await self.write((plan.op,))
             if outcomes[0].__class__ is not Conflict:
                 plan.done(outcomes[0])
                 return
@@ -114,7 +113,7 @@ class Consuming(Producing):
                     results[index] = error
             if not plans:
                 return results
-            outcomes = await self.store.write([plan.op for _, plan in plans])
+            outcomes = await self.write([plan.op for _, plan in plans])
             open_ = []
             for (index, plan), outcome in zip(plans, outcomes, strict=True):
                 if outcome.__class__ is Conflict:
@@ -147,7 +146,7 @@ class Consuming(Producing):
         if record is not None:
             # The common case without the detours: the record is as this holder last saw it.
             lifecycle.ack(record.status, delivery.lease_id, delivery.token)
-            outcomes = await self.store.write((Remove(record.item, record.mark),))
+            outcomes = await self.write((Remove(record.item, record.mark),))
             delivery.record = None
             if outcomes[0].__class__ is not Conflict:
                 self.gone(record.item)
@@ -173,7 +172,7 @@ class Consuming(Producing):
                 record = await self.load(delivery.namespace, delivery.queue, delivery.id)
             plan = self._ack_plan(delivery, record)
             indexes = [index for index in range(len(drafts)) if index not in duplicates]
-            outcomes = await self.store.commit([plan.op, *(drafts[index].op for index in indexes)])
+            outcomes = await self.commit([plan.op, *(drafts[index].op for index in indexes)])
             if isinstance(outcomes[0], Removed):
                 plan.done(outcomes[0])
                 results = dict(zip(indexes, outcomes[1:], strict=True)) | duplicates
@@ -209,14 +208,11 @@ class Consuming(Producing):
         if isinstance(error, BaseException):
             error = f"{type(error).__name__}: {error}"
         limit = self.config.max_error_bytes
-        try:
-            encoded = msgspec.msgpack.encode(error)
-        except (TypeError, ValueError, OverflowError, RecursionError) as cause:
-            raise InvalidInput(f"the error cannot be encoded: {cause}") from cause
+        encoded, plain = codec.encode_value(error, "the error")
         if len(encoded) > limit:
             raise TooLarge(f"the error takes {len(encoded)} bytes, more than the limit of {limit}; shorten it")
         # As it will be read back, for those who get it from this process's cache.
-        return error if isinstance(error, str) else msgspec.msgpack.decode(encoded)
+        return plain
 
     def _nack_plan(
         self, delivery: Delivery, record: Record | None, delay: int, error: Any, policy: QueuePolicy
@@ -319,6 +315,8 @@ class Consuming(Producing):
 
     async def bury(self, delivery: Delivery, reason: str, *, error: Any = None) -> None:
         """The holder gives the message up for good: a dead letter with this reason. Raises LeaseLost, TooLarge."""
+        if not isinstance(reason, (str, BaseException)):
+            raise InvalidInput(f"a reason is text, not {type(reason).__name__}")
         reason = str(self.error_value(reason))
         kept = self.error_value(error)
 

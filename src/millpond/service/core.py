@@ -6,9 +6,10 @@ No decision about a message is made here; those are the life cycle's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -24,6 +25,8 @@ from millpond.stores.base import (
     Conflict,
     DocumentWritten,
     Item,
+    Op,
+    Outcome,
     PutDocument,
     Store,
     Stored,
@@ -108,6 +111,42 @@ class Core:
             codec.encode(status),
             want_payload,
         )
+
+    # Writing
+
+    async def write(self, ops: Sequence[Op]) -> list[Outcome]:
+        """The store's ``write``. One that is cancelled may go through all the same, and its caller, who would have told
+        those who wait, is gone: then they are told to look."""
+        try:
+            return await self.store.write(ops)
+        except asyncio.CancelledError:
+            self.spawn(asyncio.create_task(self._look_again(ops)))
+            raise
+
+    async def commit(self, ops: Sequence[Op]) -> list[Outcome]:
+        """The store's ``commit``, as `write`."""
+        try:
+            return await self.store.commit(ops)
+        except asyncio.CancelledError:
+            self.spawn(asyncio.create_task(self._look_again(ops)))
+            raise
+
+    async def decided(self, namespace: str, queue: str) -> None:
+        """Return when every earlier write of this process has been applied, or never will be: writes are applied in the
+        order in which they were asked for, and this one, of which none is the right condition, comes last."""
+        await self.store.write((PutDocument(namespace, queue, "-", b""),))
+
+    async def _look_again(self, ops: Sequence[Op]) -> None:
+        keys = {
+            (op.namespace, op.queue) if isinstance(op, PutDocument) else (op.item.namespace, op.item.queue)
+            for op in ops
+        }
+        for key in keys:
+            # Whoever looks meets the store's trouble himself.
+            with contextlib.suppress(MillpondError):
+                await self.decided(*key)
+            self.foreign_change(*key)
+            self.on_ready(*key)
 
     # Ready caches
 
@@ -288,7 +327,7 @@ class Core:
         for _ in range(ATTEMPTS):
             entry = await self._read_policy(key)
             policy = change(entry.defaults.policy)
-            [outcome] = await self.store.write([PutDocument(*key, entry.etag, encode_policy(policy))])
+            [outcome] = await self.write([PutDocument(*key, entry.etag, encode_policy(policy))])
             if isinstance(outcome, DocumentWritten):
                 self._remember_policy(key, policy, outcome.etag)
                 self.on_ready(*key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import msgspec
@@ -26,7 +26,7 @@ TEXT = "text/plain; charset=utf-8"
 JSON = "application/json"
 MSGPACK = "application/msgpack"
 
-Source = bytes | bytearray | memoryview | Payload | BinaryIO | AsyncIterable[bytes]
+Source = bytes | bytearray | memoryview | Payload | BinaryIO | Iterator[bytes] | AsyncIterable[bytes]
 """Anything that can be enqueued."""
 
 
@@ -88,6 +88,11 @@ async def _file_chunks(file: Any) -> AsyncIterator[bytes]:
         yield chunk
 
 
+async def _iterator_chunks(source: Iterator[bytes]) -> AsyncIterator[bytes]:
+    for chunk in source:
+        yield chunk
+
+
 async def _byte_chunks(data: bytes) -> AsyncIterator[bytes]:
     view = memoryview(data)
     for start in range(0, len(data), READ_SIZE):
@@ -122,9 +127,11 @@ async def prepare(source: Any, *, inline_limit: int, limit: int) -> Inline | Str
         chunks = aiter(source)
     elif hasattr(source, "read"):
         chunks = _file_chunks(source)
+    elif hasattr(source, "__next__"):
+        chunks = _iterator_chunks(source)
     else:
         raise InvalidInput(
-            f"a payload is bytes, a binary file or an async iterator of bytes, not {type(source).__name__}"
+            f"a payload is bytes, a binary file or an iterator of bytes, async or not, not {type(source).__name__}"
         )
     first: list[bytes] = []
     size = 0

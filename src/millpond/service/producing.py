@@ -11,14 +11,11 @@ from millpond import lifecycle
 from millpond.errors import InvalidInput, StoreError, TooLarge
 from millpond.model import codec, names
 from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, PRIORITIES, Head, Status
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, milliseconds
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, milliseconds, short_text
 from millpond.service.core import Core, Defaults, QueueKey
 from millpond.service.payloads import Payload, Streamed, prepare
 from millpond.service.ready import Record
 from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Unique
-
-MAX_KEY_BYTES = 512
-"""For dedup and ordering keys, content types and correlation ids: they stand in indexes and headers."""
 
 
 class Enqueued(NamedTuple):
@@ -39,20 +36,6 @@ class _Draft(NamedTuple):
     payload: bytes | None
 
 
-def _short_text(value: Any, what: str) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value:
-        raise InvalidInput(f"{what} must be text that is not empty, or None")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidInput(f"{what} is not valid Unicode text") from error
-    if size > MAX_KEY_BYTES:
-        raise TooLarge(f"{what} is longer than {MAX_KEY_BYTES} bytes; nothing was enqueued")
-    return value
-
-
 class Producing(Core):
     """The producers' half of the service."""
 
@@ -70,7 +53,7 @@ class Producing(Core):
             draft = self._build(key, defaults, source, len(source), False, options, None)
         else:
             draft = await self._draft(key, defaults, source, options)
-        outcomes = await self.store.write((draft.op,))
+        outcomes = await self.write((draft.op,))
         return self._enqueued(draft, outcomes[0])
 
     async def enqueue_many(
@@ -86,7 +69,7 @@ class Producing(Core):
             else await self._draft(key, defaults, source, options)
             for source in sources
         ]
-        outcomes = await self.store.write([draft.op for draft in drafts])
+        outcomes = await self.write([draft.op for draft in drafts])
         return [self._enqueued(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
 
     async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
@@ -135,10 +118,10 @@ class Producing(Core):
                 raise InvalidInput(f"priority must be a whole number from 0 to 9, not {priority!r}")
             if max_attempts.__class__ is not int or not 0 <= max_attempts <= 1_000_000:
                 raise InvalidInput("max_attempts must be a whole number from 1 to 1,000,000 (0 means without limit)")
-            dedup_key = _short_text(options.dedup_key, "dedup_key")
-            ordering_key = _short_text(options.ordering_key, "ordering_key")
-            content_type = _short_text(options.content_type, "content_type")
-            correlation_id = _short_text(options.correlation_id, "correlation_id")
+            dedup_key = short_text(options.dedup_key, "dedup_key")
+            ordering_key = short_text(options.ordering_key, "ordering_key")
+            content_type = short_text(options.content_type, "content_type")
+            correlation_id = short_text(options.correlation_id, "correlation_id")
             attributes = self._attributes(options.attributes)
             if options.message_id is not None:
                 id = names.message_id(options.message_id)
@@ -182,20 +165,19 @@ class Producing(Core):
         return _Draft(op, head, status, None if external else data)
 
     def _attributes(self, attributes: Any) -> dict[str, Any] | None:
-        if not attributes:
+        if attributes is None:
             return None
         if not isinstance(attributes, dict) or not all(isinstance(name, str) for name in attributes):
             raise InvalidInput("attributes must be a dict with text keys")
+        if not attributes:
+            return None
         limit = self.config.max_attributes_bytes
-        try:
-            encoded = msgspec.msgpack.encode(attributes)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise InvalidInput(f"attributes cannot be encoded: {error}") from error
+        # What was encoded is what is kept: later changes of the caller's dict must not show.
+        encoded, decoded = codec.encode_value(attributes, "attributes")
         if len(encoded) > limit:
             raise TooLarge(f"attributes take {len(encoded)} bytes, more than the limit of {limit}")
-        # What was encoded is what is kept: later changes of the caller's dict must not show.
-        decoded: dict[str, Any] = msgspec.msgpack.decode(encoded)
-        return decoded
+        kept: dict[str, Any] = decoded
+        return kept
 
     def _enqueued(self, draft: _Draft, outcome: object) -> Enqueued:
         if outcome.__class__ is Inserted:

@@ -66,7 +66,7 @@ class ReadyCacheStats(msgspec.Struct, kw_only=True):
     inflight_clears: int = 0
     """Candidates given back or whose hand-out mark ran out."""
     list_scans: int = 0
-    """Refills from the store."""
+    """Refills from the store, and looks whether there is anything."""
     list_objects: int = 0
     """Records that they returned."""
     list_nanos: int = 0

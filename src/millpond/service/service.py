@@ -7,7 +7,7 @@ while the store works.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from millpond import lifecycle
 from millpond.errors import InvalidInput, LeaseLost, MessageNotFound, MillpondError, StoreError
 from millpond.model import names
 from millpond.model.message import Lease, Status
-from millpond.service.config import QueuePolicy, milliseconds
+from millpond.service.config import QueuePolicy, check_count, milliseconds, short_text
 from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS, QueueKey, log
 from millpond.service.ready import ReadyCacheStats, Record
@@ -58,8 +58,7 @@ class QueueService(States):
     ) -> MessageListResult:
         """Messages in order of insertion, whatever their visibility. A record that cannot be read is left out and
         logged. Raises InvalidQueue, InvalidInput."""
-        if limit < 1:
-            raise InvalidInput("limit must be at least 1")
+        limit = check_count(limit, "limit")
         page = await self.store.list(*self.key(namespace, queue), box, after=after, limit=limit)
         records = []
         for stored in page.records:
@@ -117,6 +116,7 @@ class QueueService(States):
 
     async def peek(self, namespace: str | None, queue: str, limit: int) -> list[Record]:
         """The first ready messages, left where they are; read from the store, so that it disturbs no consumer."""
+        limit = check_count(limit, "count")
         page = await self.store.ready(*self.key(namespace, queue), self.clock.now_ms(), limit=limit)
         records = []
         for stored in page.records:
@@ -140,7 +140,11 @@ class QueueService(States):
             self.cache((record.item.namespace, record.item.queue)).offer(record, self.clock.now_ms())
 
     def next_due(self, namespace: str, queue: str) -> int | None:
-        """When the next message of the queue becomes due (ms UTC), as far as its ready cache knows."""
+        """When the next message of the queue becomes due (ms UTC), as far as its ready cache knows. None while it is
+        paused: nothing comes due for anybody then, and who waits for it would look again and again."""
+        known = self._policies.get((namespace, queue))
+        if known is not None and known.defaults.policy.paused:
+            return None
         return self.cache((namespace, queue)).next_due
 
     def enable_ready_cache_stats(self) -> None:
@@ -157,7 +161,7 @@ class QueueService(States):
     # Single steps on a record, for those who drive the life cycle themselves
 
     async def _write_update(self, record: Record, status: Status) -> Record:
-        [outcome] = await self.store.write((self.update(record, status),))
+        [outcome] = await self.write((self.update(record, status),))
         if not isinstance(outcome, Updated):
             raise LeaseLost(f"message {record.item.id} was changed by somebody else; nothing was changed")
         return Record(record.item, outcome.mark, record.head, status, record.payload)
@@ -187,10 +191,16 @@ class QueueService(States):
         if not records:
             return []
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
+        owner, txn_id = short_text(owner, "owner"), short_text(txn_id, "txn_id")
         key = (records[0].item.namespace, records[0].item.queue)
         deliveries: list[Delivery] = []
         policy = await self.policy(key)
-        await self._lease(self.cache(key), records, self.grant(policy, wish, owner, txn_id), deliveries)
+        try:
+            await self._lease(self.cache(key), records, self.grant(policy, wish, owner, txn_id), deliveries)
+            await self.load_payloads(deliveries)
+        except asyncio.CancelledError:
+            self.spawn(asyncio.create_task(self._put_back(deliveries)))
+            raise
         return deliveries
 
     async def reschedule(self, delivery: Delivery, *, delay: float) -> None:
@@ -209,7 +219,7 @@ class QueueService(States):
         for _ in range(ATTEMPTS):
             record = await self._held(delivery)
             status = lifecycle.annotate(record.status, self.clock.now_ms(), kept)
-            [outcome] = await self.store.write((self.update(record, status),))
+            [outcome] = await self.write((self.update(record, status),))
             if isinstance(outcome, Updated):
                 delivery.record = Record(record.item, outcome.mark, record.head, status)
                 return
@@ -234,7 +244,7 @@ class QueueService(States):
         Raises LeaseLost when it was changed since it was read or is held."""
         if not force and not lifecycle.deletable(record.status, self.clock.now_ms()):
             raise LeaseLost(f"message {record.item.id} is held by a consumer; it was not deleted")
-        [outcome] = await self.store.write((Remove(record.item, record.mark),))
+        [outcome] = await self.write((Remove(record.item, record.mark),))
         if not isinstance(outcome, Removed):
             raise LeaseLost(f"message {record.item.id} was changed by somebody else; it was not deleted")
         self.gone(record.item)
@@ -252,7 +262,7 @@ class QueueService(States):
             page = await self.list_messages(*key, after=after, limit=PAGE, box=box)
             planned = [(record, op) for record in page.records if (op := decide(record)) is not None]
             if planned:
-                outcomes = await self.store.write([op for _, op in planned])
+                outcomes = await self.write([op for _, op in planned])
                 for (record, _), outcome in zip(planned, outcomes, strict=True):
                     if not isinstance(outcome, Conflict):
                         total += 1
@@ -313,9 +323,12 @@ class QueueService(States):
     ) -> int:
         if ids is None:
             return await self._work_through(key, Box.DEAD, decide, done)
-        records = [await self.dead_letter(*key, id) for id in dict.fromkeys(ids)]
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise InvalidInput("ids must be a list of message ids, or None for all")
+        wanted = dict.fromkeys([names.message_id(id) for id in ids])
+        records = [await self.dead_letter(*key, id) for id in wanted]
         planned = [(record, op) for record in records if (op := decide(record)) is not None]
-        outcomes = await self.store.write([op for _, op in planned])
+        outcomes = await self.write([op for _, op in planned])
         count = 0
         for (record, _), outcome in zip(planned, outcomes, strict=True):
             if not isinstance(outcome, Conflict):

@@ -8,7 +8,6 @@ import msgspec
 
 from millpond import lifecycle
 from millpond.errors import (
-    InvalidInput,
     MessageNotFound,
     StateConflict,
     StoreCorrupt,
@@ -16,6 +15,7 @@ from millpond.errors import (
     StoreMismatch,
     TooLarge,
 )
+from millpond.model import codec
 from millpond.service.claiming import Claiming
 from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS
@@ -58,7 +58,7 @@ class States(Claiming):
         name = f"state of message {record.item.id} in {record.item.namespace}/{record.item.queue}"
         try:
             document = _decoder.decode(found.data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise StoreCorrupt(f"{name} cannot be decoded: {error}") from error
         if document.format > STATE_FORMAT:
             raise StoreMismatch(f"{name} has format {document.format}; this Millpond reads up to {STATE_FORMAT}")
@@ -100,6 +100,7 @@ class States(Claiming):
         ``etag``: the version to replace, None for "there is none yet", `WHATEVER` for any. Raises LeaseLost,
         StateConflict (nothing changed), InvalidInput, TooLarge."""
         limit = self.config.max_state_bytes
+        raw = msgspec.Raw(codec.encode_value(value, "the state")[0])
         for _ in range(ATTEMPTS):
             record = await self._held(delivery)
             now = self.clock.now_ms()
@@ -108,10 +109,7 @@ class States(Claiming):
             if etag == WHATEVER:
                 expect = existing.etag if existing else None
             created = existing.document.created_at if existing else now
-            try:
-                data = _encoder.encode(StateDocument(STATE_FORMAT, value, created, now))
-            except (TypeError, ValueError, OverflowError, RecursionError) as error:
-                raise InvalidInput(f"the state cannot be encoded: {error}") from error
+            data = _encoder.encode(StateDocument(STATE_FORMAT, raw, created, now))
             if len(data) > limit:
                 raise TooLarge(f"the state takes {len(data)} bytes, more than the limit of {limit}")
             written = await self._write_state(delivery, PutState(record.item, record.mark, expect, data), etag)

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from millpond.errors import MessageNotFound, StoreClosed
+from millpond.errors import MessageNotFound, StoreClosed, StoreError
 from millpond.model.clock import Clock
 from millpond.stores.base import (
     Blob,
@@ -110,10 +110,11 @@ class MemoryStore:
     """A store that lives as long as its handles do.
 
     ``clock`` belongs to the pond, as for every store; the memory store itself is told each time that matters.
-    ``inline_limit`` is the largest payload, bytes, that belongs in the record. Usable without ``open``.
+    ``inline_limit`` is the largest payload, bytes, that belongs in the record. ``takes=False`` plays one that cannot
+    choose and write in one step. Usable without ``open``.
     """
 
-    def __init__(self, *, clock: Clock, inline_limit: int = INLINE_LIMIT) -> None:
+    def __init__(self, *, clock: Clock, inline_limit: int = INLINE_LIMIT, takes: bool = True) -> None:
         self._clock = clock
         self._data = _Data()
         self._closed = False
@@ -126,7 +127,7 @@ class MemoryStore:
             change_feed=True,
             durable=False,
             inline_limit=inline_limit,
-            takes=True,
+            takes=takes,
         )
 
     def share(self) -> MemoryStore:
@@ -134,7 +135,8 @@ class MemoryStore:
 
         Also works from a closed handle: that is how a test reopens the store.
         """
-        other = MemoryStore(clock=self._clock, inline_limit=self._capabilities.inline_limit)
+        mine = self._capabilities
+        other = MemoryStore(clock=self._clock, inline_limit=mine.inline_limit, takes=mine.takes)
         other._data = self._data
         return other
 
@@ -411,6 +413,8 @@ class MemoryStore:
     ) -> list[tuple[Any, Updated | Removed]]:
         """Settle the first ready records as ``decide`` says."""
         self._check_open()
+        if not self._capabilities.takes:
+            raise StoreError("this store cannot take")
         found = self._data.queues.get(QueueName(namespace, queue))
         taken: list[tuple[Any, Updated | Removed]] = []
         if found is None:

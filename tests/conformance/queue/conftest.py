@@ -21,7 +21,8 @@ from millpond.stores.sqlite import SqliteStore
 
 T = TypeVar("T")
 
-STORES = ("memory", "sqlite", "memory-encrypted", "sqlite-encrypted")
+STORES = ("memory", "memory-candidates", "sqlite", "memory-encrypted", "sqlite-encrypted")
+"""``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do."""
 QUIET_ROUNDS = 30
 """Turns of the event loop without a store call under way, after which whatever could run has run."""
 
@@ -59,7 +60,7 @@ class World:
         self.clock = ManualClock()
         self.path = directory / "pond.db"
         self.keyring = Keyring({"old": bytes(32), "new": bytes(range(32))})
-        self._memory = MemoryStore(clock=self.clock)
+        self._memory = MemoryStore(clock=self.clock, takes=store != "memory-candidates")
         self._made = 0
         self.stores: list[Busy] = []
 
@@ -69,8 +70,16 @@ class World:
             return self._memory.share()
         return SqliteStore(self.path, clock=SystemClock())
 
-    def pond(self, *, config: Config | None = None, plan: Plan | None = None) -> Pond:
-        """A pond on the store, to be used with ``async with``; `faults` has its calls when there is a ``plan``."""
+    def pond(
+        self,
+        *,
+        config: Config | None = None,
+        plan: Plan | None = None,
+        around: Callable[[Store], Store] = lambda store: store,
+    ) -> Pond:
+        """A pond on the store, to be used with ``async with``; with a ``plan`` its store is a `FaultyStore`.
+
+        ``around``: a store to put around all others."""
         store: Any = Busy(self.handle())
         self.stores.append(store)
         if self.encrypted:
@@ -79,7 +88,7 @@ class World:
             store = FaultyStore(store, plan)
         self._made += 1
         chance = random.Random(self._made)
-        return Pond(store, clock=self.clock, config=config, random_bytes=chance.randbytes)
+        return Pond(around(store), clock=self.clock, config=config, random_bytes=chance.randbytes)
 
     @asynccontextmanager
     async def queue(self, name: str = "orders", **options: Any) -> AsyncIterator[Queue]:
@@ -106,6 +115,11 @@ class World:
         await self.settle()
         assert not task.done(), f"it did not wait: {task}"
         return task
+
+    async def soon(self, task: asyncio.Future[T]) -> T:
+        """The result of a task that has no reason left to wait, so that one which does fails instead of hanging."""
+        async with asyncio.timeout(20):
+            return await task
 
     async def eventually(self, condition: Callable[[], bool], *, seconds: float = 10.0) -> None:
         """Poll a condition that another thread makes true, or another pond over the change feed."""

@@ -84,6 +84,7 @@ async def test_defaults(world: World) -> None:
         pytest.param(lambda: bytearray(b"payload"), id="bytearray"),
         pytest.param(lambda: memoryview(b"xpayloadx")[1:-1], id="memoryview"),
         pytest.param(lambda: io.BytesIO(b"payload"), id="file"),
+        pytest.param(lambda: iter([b"pay", bytearray(b"lo"), b"", memoryview(b"ad")]), id="iterator"),
         pytest.param(lambda: _chunks(b"pay", bytearray(b"lo"), b"", memoryview(b"ad")), id="async-iterator"),
     ],
 )
@@ -137,12 +138,13 @@ def test_helpers_refuse_what_cannot_be_encoded() -> None:
         millpond.msgpack(1 << 80)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "file", "chunks"])
+@pytest.mark.parametrize("kind", ["bytes", "file", "iterator", "chunks"])
 async def test_large_payloads_stream(world: World, kind: str) -> None:
     data = bytes(range(256)) * (3_000_000 // 256)
     sources: dict[str, Any] = {
         "bytes": data,
         "file": io.BytesIO(data),
+        "iterator": (data[at : at + 70_001] for at in range(0, len(data), 70_001)),
         "chunks": _chunks(*(data[at : at + 70_001] for at in range(0, len(data), 70_001))),
     }
     async with world.queue() as queue:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import millpond.testing
 from millpond.errors import InvalidInput, StoreCorrupt, StoreMismatch
 from millpond.service.config import (
-    MAX_FAILURES,
+    MAX_ATTEMPTS,
     MAX_SECONDS,
     POLICY_FORMAT,
     Config,
@@ -36,12 +36,12 @@ DURATIONS = (
     "resilient_poll_interval",
 )
 NO_DURATIONS: list[Any] = [0, -1, 1e-9, float("nan"), float("inf"), MAX_SECONDS * 1.01, True, "5", timedelta(seconds=5)]
-NO_BUDGETS: list[Any] = [-1, 2.5, 3.0, True, "3", MAX_FAILURES + 1, 2**70]
+NO_BUDGETS: list[Any] = [-1, 2.5, 3.0, True, "3", MAX_ATTEMPTS + 1, 2**70]
 
 policies = st.builds(
     QueuePolicy,
     default_visibility=st.none() | st.floats(0.001, MAX_SECONDS),
-    max_attempts=st.none() | st.integers(0, MAX_FAILURES),
+    max_attempts=st.none() | st.integers(0, MAX_ATTEMPTS),
     ttl=st.none() | st.floats(0.001, MAX_SECONDS) | st.integers(1, 1000),
     on_expired=st.sampled_from(["discard", "dead_letter"]),
     on_exhausted=st.sampled_from(["discard", "dead_letter"]),

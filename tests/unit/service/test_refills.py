@@ -15,8 +15,9 @@ import millpond.testing
 from millpond.errors import StoreError
 from millpond.model.clock import ManualClock
 from millpond.service import core
+from millpond.service.claiming import HAND_OUT_LIMIT
 from millpond.service.config import Config
-from millpond.service.consuming import HAND_OUT_LIMIT, Delivery
+from millpond.service.consuming import Delivery
 from millpond.service.ready import Record
 from millpond.service.service import QueueService
 from millpond.stores.faulty import Call, Fault, Gate, fail_before, hold, nth

@@ -1,0 +1,150 @@
+"""Writes src/millpond/sync_types.pyi: what type checkers know of the synchronous API.
+
+    python docs/make_sync_types.py          writes the file
+
+The synchronous objects are proxies without methods of their own, so that nothing is implemented twice; nor is a
+signature written twice: they are the asynchronous ones without ``async``, with the proxies' names.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+from millpond import message, pond, queue
+
+STUB = Path(__file__).parents[1] / "src" / "millpond" / "sync_types.pyi"
+WIDTH = 120
+
+CLASSES: dict[str, tuple[type, ModuleType]] = {
+    "SyncMessageState": (message.MessageState, message),
+    "SyncMessage": (message.Message, message),
+    "SyncMessageView": (message.MessageView, message),
+    "SyncDeadLetters": (queue.DeadLetters, queue),
+    "SyncQueue": (queue.Queue, queue),
+    "PondCalls": (pond.Pond, pond),
+}
+"""Name for type checkers → the class behind it, and its module. `SyncPond` adds opening and closing to PondCalls."""
+
+ATTRIBUTES = {
+    "SyncMessageView": {"state": "str"},
+    "SyncQueue": {"name": "str", "namespace": "str", "dead_letters": "SyncDeadLetters"},
+    "PondCalls": {"config": "Config", "clock": "Clock"},
+}
+"""Attributes that are set in ``__init__``, where no annotation says their type."""
+
+OWN = {"PondCalls": {"open", "close"}}
+"""What the synchronous class defines itself."""
+
+HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher"}}
+"""What is of use on the pond's own event loop only, and so is not offered."""
+
+IMPORTS = """\
+import builtins
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from millpond.message import Lease
+from millpond.model.clock import Clock
+from millpond.queue import Answer, QueueCounts, Receipt
+from millpond.service.collector import Collected
+from millpond.service.config import Config, QueuePolicy
+from millpond.service.ready import Record
+from millpond.stores.base import Problem, QueueName
+
+T = TypeVar("T")
+"""
+
+RENAMED = {
+    "MessageState": "SyncMessageState",
+    "MessageView": "SyncMessageView",
+    "Message": "SyncMessage",
+    "DeadLetters": "SyncDeadLetters",
+    "Queue": "SyncQueue",
+    "AsyncIterator": "Iterator",
+    "list": "builtins.list",
+}
+
+
+def annotation(node: ast.expr | None) -> str:
+    """A type as the synchronous side has it."""
+    assert node is not None, "every public signature is annotated"
+    return re.sub(r"\b(" + "|".join(RENAMED) + r")\b", lambda found: RENAMED[found[0]], ast.unparse(node))
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """The parameters with types and defaults; a default is ``...``, for only the implementation knows it."""
+    arguments = function.args
+    yield "self"
+    plain = arguments.args[1:]
+    required = len(plain) - len(arguments.defaults)
+    for index, each in enumerate(plain):
+        yield f"{each.arg}: {annotation(each.annotation)}" + ("" if index < required else " = ...")
+    if arguments.kwonlyargs:
+        yield "*"
+    for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        yield f"{each.arg}: {annotation(each.annotation)}" + ("" if default is None else " = ...")
+    if arguments.kwarg is not None:
+        yield f"**{arguments.kwarg.arg}: {annotation(arguments.kwarg.annotation)}"
+
+
+def method(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    """The lines of one method or property."""
+    for decorator in function.decorator_list:
+        yield f"    @{ast.unparse(decorator)}"
+    given = list(parameters(function))
+    returned = annotation(function.returns)
+    line = f"    def {function.name}({', '.join(given)}) -> {returned}:"
+    if len(line) <= WIDTH:
+        yield line
+    else:
+        yield f"    def {function.name}("
+        yield from (f"        {each}," for each in given)
+        yield f"    ) -> {returned}:"
+    text = ast.get_docstring(function, clean=True)
+    assert text is not None, f"{function.name} has no docstring"
+    lines = [*f'"""{text}"""'.splitlines()]
+    yield from (f"        {each}".rstrip() for each in lines)
+    yield ""
+
+
+def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
+    """The lines of one class."""
+    tree = ast.parse(inspect.getsource(module))
+    [body] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
+    yield f"class {name}:"
+    yield f'    """`{cls.__name__}`, for synchronous code."""'
+    yield ""
+    attributes = ATTRIBUTES.get(name, {})
+    yield from (f"    {attribute}: {kind}" for attribute, kind in attributes.items())
+    if attributes:
+        yield ""
+    for node in body.body:
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+            continue
+        if node.name not in OWN.get(name, ()):
+            yield from method(node)
+
+
+def page() -> str:
+    """The file's text."""
+    lines = [
+        '"""What type checkers know of the synchronous API; docs/make_sync_types.py writes it from the other one."""',
+        "",
+        "from __future__ import annotations",
+        "",
+        *IMPORTS.splitlines(),
+        "",
+    ]
+    for name, (cls, module) in CLASSES.items():
+        lines += stub(name, cls, module)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    STUB.write_text(page(), "utf-8")

@@ -1,0 +1,393 @@
+"""What type checkers know of the synchronous API; docs/make_sync_types.py writes it from the other one."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+from millpond.message import Lease
+from millpond.model.clock import Clock
+from millpond.queue import Answer, QueueCounts, Receipt
+from millpond.service.collector import Collected
+from millpond.service.config import Config, QueuePolicy
+from millpond.service.ready import Record
+from millpond.stores.base import Problem, QueueName
+
+T = TypeVar("T")
+
+class SyncMessageState:
+    """`MessageState`, for synchronous code."""
+
+    def load(self) -> Any:
+        """The value as last saved, by this holder or an earlier one; None when there is none."""
+
+    def save(self, value: Any) -> None:
+        """Replace the value. Raises LeaseLost (nothing changed), InvalidInput, TooLarge."""
+
+    def delete(self) -> None:
+        """Forget the value; fine when there is none. Raises LeaseLost."""
+
+class SyncMessage:
+    """`Message`, for synchronous code."""
+
+    @property
+    def id(self) -> str:
+        """The message's id, a UUIDv7."""
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of its queue."""
+
+    @property
+    def queue(self) -> str:
+        """The name of its queue."""
+
+    @property
+    def lease(self) -> Lease:
+        """The lease, with the end that the last extension gave it."""
+
+    @property
+    def payload(self) -> bytes:
+        """The payload. Raises PayloadNotLoaded when it is stored apart (use `read` or `stream`), and what reading it
+        raised when it cannot be read (Tampered, UnknownKey)."""
+
+    @property
+    def payload_size(self) -> int:
+        """The payload's size in bytes."""
+
+    @property
+    def attempts(self) -> int:
+        """Deliveries so far, this one included."""
+
+    @property
+    def failures(self) -> int:
+        """Failures so far: nacks, and leases that ran out unanswered."""
+
+    @property
+    def max_attempts(self) -> int:
+        """Failures after which it is a dead letter; 0 = without limit."""
+
+    @property
+    def priority(self) -> int:
+        """0-9, higher first."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The producer's attributes."""
+
+    @property
+    def content_type(self) -> str | None:
+        """What the producer said the payload is."""
+
+    @property
+    def correlation_id(self) -> str | None:
+        """The producer's correlation id."""
+
+    @property
+    def ordering_key(self) -> str | None:
+        """Messages of one key come one at a time, in order."""
+
+    @property
+    def dedup_key(self) -> str | None:
+        """The key by which a second enqueue was recognised."""
+
+    @property
+    def enqueued_at(self) -> datetime:
+        """When it was enqueued."""
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """From when on it is not delivered again."""
+
+    @property
+    def last_error(self) -> Any:
+        """What an earlier consumer gave as its error."""
+
+    @property
+    def state(self) -> SyncMessageState:
+        """The workflow state."""
+
+    def stream(self) -> Iterator[bytes]:
+        """The payload in chunks, in bounded memory, wherever it is stored."""
+
+    def read(self, limit: int | None = ...) -> bytes:
+        """The whole payload in memory. Raises TooLarge when it is larger than ``limit`` bytes."""
+
+    def text(self) -> str:
+        """The payload as UTF-8 text. Raises InvalidInput when it is not that."""
+
+    def json(self) -> Any:
+        """The payload as JSON (or MessagePack, if its content type says so). Raises InvalidInput."""
+
+    def decode(self, type: type[T]) -> T:
+        """The payload as ``type``: a msgspec Struct, a dataclass, whatever msgspec decodes. Raises InvalidInput."""
+
+    def ack(self, then: Sequence[tuple[Any, ...]] = ...) -> None:
+        """Done: the message, its payload and its state are gone for good.
+
+        ``then``: messages to enqueue in the same commit, as (queue, payload) or (queue, payload, options dict); a
+        namespace may be given among the options. Raises LeaseLost (nothing changed)."""
+
+    def nack(self, error: Any = ..., delay: float = ...) -> None:
+        """Failed: counts a failure; returns after ``delay`` seconds, or becomes a dead letter if its budget is spent.
+
+        ``error``: an exception, text or JSON-like value, kept with the message. Raises LeaseLost."""
+
+    def defer(self, delay: float = ...) -> None:
+        """Give it back without a failure, visible after ``delay`` seconds. Raises LeaseLost."""
+
+    def extend(self, seconds: float) -> Lease:
+        """The lease ends ``seconds`` (> 0) from now. Raises LeaseLost."""
+
+    def bury(self, reason: str, error: Any = ...) -> None:
+        """Give it up: a dead letter with this reason. Raises LeaseLost."""
+
+class SyncMessageView:
+    """`MessageView`, for synchronous code."""
+
+    state: str
+
+    @property
+    def record(self) -> Record:
+        """The record behind the view."""
+
+    @property
+    def id(self) -> str:
+        """The message's id."""
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of its queue."""
+
+    @property
+    def queue(self) -> str:
+        """Its queue."""
+
+    @property
+    def priority(self) -> int:
+        """0-9, higher first."""
+
+    @property
+    def attempts(self) -> int:
+        """Deliveries so far."""
+
+    @property
+    def failures(self) -> int:
+        """Failures so far."""
+
+    @property
+    def max_attempts(self) -> int:
+        """Failures after which it is a dead letter; 0 = without limit."""
+
+    @property
+    def enqueued_at(self) -> datetime:
+        """When it was enqueued."""
+
+    @property
+    def updated_at(self) -> datetime:
+        """When it last changed."""
+
+    @property
+    def visible_at(self) -> datetime:
+        """From when it can be delivered (again)."""
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """From when on it is not delivered again."""
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The producer's attributes."""
+
+    @property
+    def content_type(self) -> str | None:
+        """What the producer said the payload is."""
+
+    @property
+    def correlation_id(self) -> str | None:
+        """The producer's correlation id."""
+
+    @property
+    def dedup_key(self) -> str | None:
+        """The key by which a second enqueue is recognised."""
+
+    @property
+    def ordering_key(self) -> str | None:
+        """Messages of one key come one at a time, in order."""
+
+    @property
+    def payload_size(self) -> int:
+        """The payload's size in bytes."""
+
+    @property
+    def last_error(self) -> Any:
+        """What the last failing consumer gave as its error."""
+
+    @property
+    def dead_reason(self) -> str | None:
+        """Why it was given up; None while it is alive."""
+
+    @property
+    def dead_at(self) -> datetime | None:
+        """When it was given up."""
+
+    @property
+    def lease(self) -> Lease | None:
+        """The lease, if somebody holds it (or held it and never answered)."""
+
+    def stream(self) -> Iterator[bytes]:
+        """The payload in chunks. Raises MessageNotFound when the message is gone by now."""
+
+    def payload(self) -> bytes:
+        """The whole payload. Raises MessageNotFound when the message is gone by now."""
+
+class SyncDeadLetters:
+    """`DeadLetters`, for synchronous code."""
+
+    def list(self, *, after: str | None = ..., limit: int = ...) -> builtins.list[SyncMessageView]:
+        """Dead letters in order of insertion, from after the one with id ``after``. Raises MessageNotFound."""
+
+    def get(self, message_id: str) -> SyncMessageView:
+        """One dead letter. Raises MessageNotFound."""
+
+    def payload(self, message_id: str) -> bytes:
+        """A dead letter's payload. Raises MessageNotFound."""
+
+    def redrive(self, ids: Sequence[str] | None = ...) -> int:
+        """Back into the queue with a new budget: those with these ids, or all; how many. Raises MessageNotFound."""
+
+    def purge(self, ids: Sequence[str] | None = ...) -> int:
+        """Remove for good: those with these ids, or all; how many. Raises MessageNotFound."""
+
+class SyncQueue:
+    """`Queue`, for synchronous code."""
+
+    name: str
+    namespace: str
+    dead_letters: SyncDeadLetters
+
+    def enqueue(
+        self,
+        payload: Any,
+        *,
+        delay: float = ...,
+        ttl: float | None = ...,
+        priority: int = ...,
+        max_attempts: int | None = ...,
+        visibility: float | None = ...,
+        attributes: dict[str, Any] | None = ...,
+        dedup_key: str | None = ...,
+        dedup_window: float | None = ...,
+        ordering_key: str | None = ...,
+        content_type: str | None = ...,
+        correlation_id: str | None = ...,
+        message_id: str | None = ...,
+    ) -> Receipt:
+        """Put a message into the queue; when this returns, it is stored for good.
+
+        ``payload``: bytes, `millpond.text`/`json`/`msgpack` of a value, a binary file, or an iterator of bytes, async
+        or not (streamed in bounded memory). ``delay``, ``ttl``, ``visibility``, ``dedup_window``: seconds.
+        ``priority``: 0-9, higher first. ``max_attempts``: failures until it is a dead letter, 0 = never. ``dedup_key``:
+        a second enqueue within the window returns the first message. ``ordering_key``: messages of one key are
+        delivered one at a time, in order. None means the queue's policy, then the pond's default.
+
+        Raises InvalidInput and TooLarge before anything is written, StoreError."""
+
+    def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> builtins.list[Receipt]:
+        """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
+
+        ``payloads``: any iterable, also an async one, of what `enqueue` takes. ``options``: as for `enqueue`, the same
+        for all. If it raises part-way, the chunks before are stored."""
+
+    def receive(
+        self,
+        count: int = ...,
+        *,
+        wait: float = ...,
+        visibility: float | None = ...,
+        owner: str | None = ...,
+    ) -> builtins.list[SyncMessage]:
+        """Lease up to ``count`` messages, in order of priority and due time; [] when none came within ``wait`` seconds.
+
+        Returns as soon as there is one. ``visibility``: seconds until the leases end, None for the messages' own.
+        ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
+
+    def ack_many(self, messages: Iterable[SyncMessage]) -> builtins.list[Answer]:
+        """Ack each in shared commits; one that fails (LeaseLost) does not hinder the others and is in its answer."""
+
+    def nack_many(
+        self,
+        messages: Iterable[SyncMessage],
+        *,
+        error: Any = ...,
+        delay: float = ...,
+    ) -> builtins.list[Answer]:
+        """Nack each in shared commits."""
+
+    def defer_many(self, messages: Iterable[SyncMessage], *, delay: float = ...) -> builtins.list[Answer]:
+        """Give each back in shared commits, without a failure."""
+
+    def extend_many(self, messages: Iterable[SyncMessage], seconds: float) -> builtins.list[Answer]:
+        """Extend each lease to ``seconds`` from now, in shared commits."""
+
+    def handle(self, message_id: str, lease_id: str, token: Any) -> SyncMessage:
+        """A message held by this lease, to be answered from here: for answers that arrive by another way than the
+        delivery (a command line, a web request). Nothing is read; a wrong lease shows in the answer."""
+
+    def counts(self) -> QueueCounts:
+        """How the queue stands now; costs the same however long it is."""
+
+    def get(self, message_id: str) -> SyncMessageView:
+        """Any message of the queue, live or dead. Raises MessageNotFound."""
+
+    def peek(self, count: int = ...) -> builtins.list[SyncMessageView]:
+        """The messages that would be handed out next, without taking them."""
+
+    def next_due(self) -> float | None:
+        """Seconds until the earliest message that is not ready now comes due (a delay or a lease ends); None when there
+        is none."""
+
+    def purge(self) -> int:
+        """Remove every live message that no consumer holds; how many. Dead letters stay."""
+
+    def pause(self) -> None:
+        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+
+    def resume(self) -> None:
+        """Hand out again. Safe to repeat."""
+
+    def policy(self) -> QueuePolicy:
+        """The queue's policy."""
+
+    def set_policy(self, **fields: Any) -> QueuePolicy:
+        """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
+
+        Raises InvalidInput for unknown fields and values out of range."""
+
+class PondCalls:
+    """`Pond`, for synchronous code."""
+
+    config: Config
+    clock: Clock
+
+    def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
+        """A queue by its name; no I/O. Raises InvalidQueue."""
+
+    def queues(self) -> builtins.list[QueueName]:
+        """Every queue in the store, by namespace and name."""
+
+    def collect(self) -> Collected:
+        """One pass of the collector, which otherwise runs every ``collect_interval`` seconds: settles expired messages,
+        removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
+
+    def verify(self) -> builtins.list[Problem]:
+        """Check the store's integrity and that every record can be read; [] when all is well."""
+
+    def rekey(self, progress: Callable[[int], None] | None = ..., *, encrypt_plain: bool = ...) -> int:
+        """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
+        to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the store, the ready caches and the dispatcher, for operators."""

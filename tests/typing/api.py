@@ -1,0 +1,166 @@
+"""Programs as users write them; mypy says that every result has the type that it should have. Never run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, assert_type
+
+import millpond
+from millpond import (
+    Answer,
+    DeadLetters,
+    Lease,
+    Message,
+    MessageState,
+    MessageView,
+    MillpondError,
+    Pond,
+    Queue,
+    QueueCounts,
+    QueuePolicy,
+    Receipt,
+    SyncDeadLetters,
+    SyncMessage,
+    SyncMessageState,
+    SyncMessageView,
+    SyncPond,
+    SyncQueue,
+)
+
+
+@dataclass
+class Order:
+    number: int
+
+
+async def asynchronous() -> None:
+    async with millpond.connect("sqlite:///work.db", config=millpond.Config(default_visibility=60)) as pond:
+        assert_type(pond, Pond)
+        queue = pond.queue("orders", namespace="shop")
+        assert_type(queue, Queue)
+        assert_type(queue.name, str)
+        receipt = await queue.enqueue(millpond.json({"a": 1}), delay=5, priority=7, attributes={"a": 1}, dedup_key="k")
+        assert_type(receipt, Receipt)
+        assert_type(receipt.message_id, str)
+        assert_type(receipt.duplicate, bool)
+        assert_type(await queue.enqueue_many([b"1", millpond.text("2")], ttl=5.0), list[Receipt])
+        messages = await queue.receive(10, wait=20.0, visibility=30, owner="me")
+        assert_type(messages, list[Message])
+        for message in messages:
+            assert_type(message.id, str)
+            assert_type(message.payload, bytes)
+            assert_type(message.lease, Lease)
+            assert_type(message.lease.token, int)
+            assert_type(message.lease.until, datetime | None)
+            assert_type(message.attempts, int)
+            assert_type(message.attributes, dict[str, Any])
+            assert_type(message.content_type, str | None)
+            assert_type(message.enqueued_at, datetime)
+            assert_type(message.text(), str)
+            assert_type(message.decode(Order), Order)
+            assert_type(message.decode(Order).number, int)
+            assert_type(await message.read(limit=1000), bytes)
+            assert_type(message.stream(), AsyncIterator[bytes])
+            async for chunk in message.stream():
+                assert_type(chunk, bytes)
+            assert_type(message.state, MessageState)
+            assert_type(await message.state.load(), Any)
+            await message.state.save({"step": 1})
+            await message.state.delete()
+            assert_type(await message.extend(30), Lease)
+            await message.nack(ValueError("no"), delay=5)
+            await message.defer(delay=5)
+            await message.bury("hopeless")
+            await message.ack()
+            await message.ack(then=[("next", b"x"), ("next", b"y", {"delay": 5})])
+        answers = await queue.ack_many(messages)
+        assert_type(answers, list[Answer])
+        assert_type(answers[0].error, MillpondError | None)
+        await queue.extend_many((message for message in messages), 30)
+        counts = await queue.counts()
+        assert_type(counts, QueueCounts)
+        assert_type(counts.ready, int)
+        assert_type(counts.oldest_age, float | None)
+        assert_type(await queue.peek(5), list[MessageView])
+        view = await queue.get(receipt.message_id)
+        assert_type(view, MessageView)
+        assert_type(view.state, str)
+        assert_type(view.lease, Lease | None)
+        assert_type(await view.payload(), bytes)
+        assert_type(queue.handle(view.id, "lease", 1), Message)
+        assert_type(await queue.purge(), int)
+        assert_type(await queue.set_policy(max_attempts=3), QueuePolicy)
+        assert_type(queue.dead_letters, DeadLetters)
+        assert_type(await queue.dead_letters.list(limit=5), list[MessageView])
+        assert_type(await queue.dead_letters.redrive(["id"]), int)
+        assert_type(await queue.dead_letters.payload("id"), bytes)
+
+
+def synchronous() -> None:
+    with millpond.connect_sync("sqlite:///work.db", config=millpond.Config(default_visibility=60)) as pond:
+        assert_type(pond, SyncPond)
+        queue = pond.queue("orders", namespace="shop")
+        assert_type(queue, SyncQueue)
+        assert_type(queue.name, str)
+        receipt = queue.enqueue(millpond.json({"a": 1}), delay=5, priority=7, attributes={"a": 1}, dedup_key="k")
+        assert_type(receipt, Receipt)
+        assert_type(receipt.message_id, str)
+        assert_type(receipt.duplicate, bool)
+        assert_type(queue.enqueue_many([b"1", millpond.text("2")], ttl=5.0), list[Receipt])
+        messages = queue.receive(10, wait=20.0, visibility=30, owner="me")
+        assert_type(messages, list[SyncMessage])
+        for message in messages:
+            work(message)
+        answers = queue.ack_many(messages)
+        assert_type(answers, list[Answer])
+        assert_type(answers[0].error, MillpondError | None)
+        queue.extend_many((message for message in messages), 30)
+        counts = queue.counts()
+        assert_type(counts, QueueCounts)
+        assert_type(counts.ready, int)
+        assert_type(queue.peek(5), list[SyncMessageView])
+        view = queue.get(receipt.message_id)
+        assert_type(view, SyncMessageView)
+        assert_type(view.state, str)
+        assert_type(view.lease, Lease | None)
+        assert_type(view.payload(), bytes)
+        assert_type(view.stream(), Iterator[bytes])
+        assert_type(queue.handle(view.id, "lease", 1), SyncMessage)
+        assert_type(queue.purge(), int)
+        assert_type(queue.set_policy(max_attempts=3), QueuePolicy)
+        assert_type(queue.next_due(), float | None)
+        assert_type(queue.dead_letters, SyncDeadLetters)
+        assert_type(queue.dead_letters.list(limit=5), list[SyncMessageView])
+        assert_type(queue.dead_letters.redrive(["id"]), int)
+        assert_type(queue.dead_letters.payload("id"), bytes)
+        assert_type([name.queue for name in pond.queues()], list[str])
+        assert_type(pond.collect().expired, int)
+        assert_type(pond.rekey(print, encrypt_plain=True), int)
+        assert_type(pond.statistics(), dict[str, Any])
+    pond = millpond.connect_sync().open()
+    assert_type(pond, SyncPond)
+    pond.close()
+
+
+def work(message: SyncMessage) -> None:
+    assert_type(message.id, str)
+    assert_type(message.payload, bytes)
+    assert_type(message.lease.token, int)
+    assert_type(message.attributes, dict[str, Any])
+    assert_type(message.content_type, str | None)
+    assert_type(message.enqueued_at, datetime)
+    assert_type(message.decode(Order), Order)
+    assert_type(message.read(limit=1000), bytes)
+    assert_type(message.stream(), Iterator[bytes])
+    for chunk in message.stream():
+        assert_type(chunk, bytes)
+    assert_type(message.state, SyncMessageState)
+    assert_type(message.state.load(), Any)
+    message.state.save({"step": 1})
+    assert_type(message.extend(30), Lease)
+    message.nack(ValueError("no"), delay=5)
+    message.defer(delay=5)
+    message.bury("hopeless")
+    message.ack(then=[("next", b"x"), ("next", b"y", {"delay": 5})])

@@ -1,0 +1,54 @@
+"""Mistakes that a type checker has to find. Each line has the error that it must be; a comment that silences nothing is
+an error itself. Never run."""
+
+from __future__ import annotations
+
+import millpond
+
+
+async def asynchronous(pond: millpond.Pond) -> None:
+    queue = pond.queue("orders")
+    await queue.enqueue(b"x", prio=3)  # type: ignore[call-arg]
+    await queue.enqueue(b"x", delay="1")  # type: ignore[arg-type]
+    await queue.enqueue(b"x", 5)  # type: ignore[call-arg]
+    receipt = queue.enqueue(b"x")
+    receipt.message_id  # type: ignore[attr-defined]  # noqa: B018
+    [message] = await queue.receive("1")  # type: ignore[arg-type]
+    message.payload = b"y"  # type: ignore[misc]
+    message.akc()  # type: ignore[attr-defined]
+    await message.extend()  # type: ignore[call-arg]
+    await message.lease.token  # type: ignore[misc]
+    for _ in message.stream():  # type: ignore[attr-defined]
+        pass
+    await queue.ack_many(["id"])  # type: ignore[list-item]
+    with pond:  # type: ignore[attr-defined]
+        pass
+
+
+def synchronous(pond: millpond.SyncPond) -> None:
+    queue = pond.queue("orders")
+    pond.queues("orders")  # type: ignore[call-arg]
+    pond.dispatcher  # type: ignore[attr-defined]  # noqa: B018
+    queue.enqueue(b"x", prio=3)  # type: ignore[call-arg]
+    queue.enqueue(b"x", delay="1")  # type: ignore[arg-type]
+    queue.enqueue(b"x", 5)  # type: ignore[call-arg]
+    queue.enqueue(b"x").id  # type: ignore[attr-defined]  # noqa: B018
+    [message] = queue.receive("1")  # type: ignore[arg-type]
+    message.payload = b"y"  # type: ignore[misc]
+    message.akc()  # type: ignore[attr-defined]
+    message.extend()  # type: ignore[call-arg]
+    message.lease.tokn  # type: ignore[attr-defined]  # noqa: B018
+    queue.ack_many(["id"])  # type: ignore[list-item]
+    queue.dead_letters.redrive(5)  # type: ignore[arg-type]
+    text: str = message.read()  # type: ignore[assignment]
+    millpond.connect_sync(5)  # type: ignore[arg-type]
+    asynchronous_message: millpond.Message = message  # type: ignore[assignment]
+    print(text, asynchronous_message)
+
+
+async def mixed(pond: millpond.SyncPond) -> None:
+    await pond.queue("orders").enqueue(b"x")  # type: ignore[misc]
+    async with pond:  # type: ignore[attr-defined]
+        pass
+    async for _ in pond.queue("orders").receive()[0].stream():  # type: ignore[attr-defined]
+        pass
