@@ -20,16 +20,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import apsw
 
-from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError
+from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError, StoreFull
 from millpond.model.clock import Clock, TimerHandle
 from millpond.stores.base import Insert, Op, Outcome, PutDocument, PutState, QueueName, Reseal
 from millpond.stores.sqlite.apply import Applier
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
+from millpond.stores.sqlite.room import Gauge
 from millpond.stores.sqlite.threads import Background, tell
 
 MAX_OPS = 1000
@@ -74,12 +76,14 @@ class Job:
 class Batch:
     """The calls of one transaction."""
 
-    __slots__ = ("calls", "changed", "doomed", "ops", "seconds", "wrote")
+    __slots__ = ("calls", "changed", "doomed", "ops", "seconds", "tight", "wrote")
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.changed: set[QueueName | tuple[str, str]] = set()
         self.doomed = False
+        self.tight = False
+        """The file system has little room left."""
         self.wrote = False
         self.ops = 0
         self.seconds = 0.0
@@ -120,6 +124,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._applier = Applier(connection)
+        self._gauge = Gauge(path, connection)
         self._lock = lock
         self._path = path
         self._clock = clock
@@ -307,6 +312,8 @@ class Writer:
             numbers["largest_commit"] = max(numbers["largest_commit"], batch.ops)
             if batch.changed or batch.doomed:
                 self._report(batch.changed, batch.doomed)
+        if batch.tight and not self._jobs and not self._closing:
+            self.job(self._begin_log_anew)  # while the database can still grow by what is in it
         for call in batch.calls:
             future = call.future
             if future.done():
@@ -422,8 +429,10 @@ class Writer:
         try:
             self._applier.execute("COMMIT")
         except apsw.Error as failure:
-            error = translate(failure, self._path)
+            error = translate(failure, self._path, self._connection)
             self._roll_back()
+            if isinstance(error, StoreFull):
+                self._begin_log_anew()
         self._lock.release()
         if error is None:
             self._applier.committed()
@@ -497,6 +506,11 @@ class Writer:
         if self._connection.in_transaction:
             self._applier.execute("ROLLBACK")
 
+    def _begin_log_anew(self) -> None:
+        """Bring the log into the database, if that still can be done, and give back its room."""
+        with suppress(apsw.Error):  # no room there either: it is tried again with the next transaction
+            self._applier.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def _fail(self, batch: Batch, error: StoreError) -> None:
         """Nothing of the batch was applied: all its callers hear why."""
         self.numbers["failed_commits"] += 1
@@ -514,6 +528,7 @@ class Writer:
         applier, batch = self._applier, Batch()
         failed: list[Call] = []
         again: deque[Call] = deque()
+        room = self._gauge.measure()
         while True:
             calls: list[Call] = []
             ops = 0
@@ -523,6 +538,10 @@ class Writer:
                 while again or (source and ops < MAX_OPS and applier.volume < MAX_BYTES):
                     current = again.popleft() if again else source.popleft()
                     if current.future.done():
+                        continue
+                    if room.refusal is not None and _grows(current):
+                        current.error = StoreFull(str(room.refusal))
+                        failed.append(current)
                         continue
                     current.outcomes = applier.commit(current.ops) if current.atomic else applier.write(current.ops)
                     calls.append(current)
@@ -550,7 +569,7 @@ class Writer:
                     break
         batch.calls = calls + failed
         batch.ops = ops
-        batch.changed, batch.doomed = applier.changed, applier.doomed
+        batch.changed, batch.doomed, batch.tight = applier.changed, applier.doomed, room.tight
         return batch
 
 
@@ -560,10 +579,14 @@ _CALLERS_FAULT = (apsw.TooBigError, apsw.ConstraintError, apsw.MismatchError, ap
 """What SQLite says of one statement's values; anything else it says concerns the whole transaction."""
 
 
+def _grows(call: Call) -> bool:
+    return any(isinstance(op, _GROW) for op in call.ops)
+
+
 def _blame(error: Exception, current: Call | None, calls: list[Call]) -> list[Call]:
     """Which of the calls of a transaction that failed while ``current`` was applied have to fail with it."""
     if isinstance(error, apsw.FullError):
-        return [call for call in calls if any(isinstance(op, _GROW) for op in call.ops)] or calls
+        return [call for call in calls if _grows(call)] or calls
     if current is not None and (not isinstance(error, apsw.Error) or isinstance(error, _CALLERS_FAULT)):
         return [current]
     return calls
