@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from millpond.errors import StoreClosed
+from millpond.errors import StoreClosed, StoreError
 from millpond.message import Message, MessageState, MessageView
 from millpond.pond import DEFAULT_URL, Pond, connect
 from millpond.queue import DeadLetters, Queue
@@ -29,6 +30,7 @@ class Portal:
     """A background event loop and the way into it."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, name="millpond portal", daemon=True)
         self._thread.start()
@@ -47,6 +49,11 @@ class Portal:
         async def call() -> Any:
             return await awaitable
 
+        if self.forked:
+            # The thread stayed behind in the parent, and with it whoever could answer.
+            if inspect.iscoroutine(awaitable):
+                awaitable.close()
+            raise StoreError("this pond was opened before this process forked; open it anew in the child")
         if self._loop.is_closed():
             if inspect.iscoroutine(awaitable):
                 awaitable.close()
@@ -62,9 +69,14 @@ class Portal:
             future.cancel()
             raise
 
+    @property
+    def forked(self) -> bool:
+        """This is a child of the process that started it."""
+        return self._process != os.getpid()
+
     def close(self) -> None:
         """End the loop and its thread. Safe to repeat."""
-        if self._loop.is_closed():
+        if self.forked or self._loop.is_closed():
             return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -160,6 +172,8 @@ class SyncPond(Synchronous):
 
     def close(self) -> None:
         """As `Pond.close`; safe to repeat."""
+        if self._portal.forked:
+            return
         try:
             self._portal.run(self._target.close())
         except StoreClosed:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import apsw
 
 from millpond.errors import StoreBusy, StoreError, StoreMismatch
+from millpond.stores.sqlite import fork
 from millpond.stores.sqlite.blobs import Bulk
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
@@ -57,6 +58,7 @@ def open_database(
         raise StoreError(f"there is no directory {parent} for {os.path.basename(path)}; create it first")
     if os.path.isdir(path):
         raise StoreError(f"{path} is a directory; name a file")
+    fork.check(path)
     opened: list[apsw.Connection | Bulk | Turnstile] = []
     try:
         feed, mode = _beside(path)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import apsw
 
 from millpond.errors import StoreMismatch
+from millpond.stores.sqlite import fork
 from millpond.stores.sqlite.failures import translate
 
 APPLICATION_ID = 0x4D6C5064
@@ -85,6 +86,7 @@ def connect(path: str, *, cache_bytes: int, vfs: str | None = None, create: bool
     """A connection to an existing (or, with ``create``, perhaps new) database, durable and waiting for nobody."""
     flags = apsw.SQLITE_OPEN_READWRITE
     connection = apsw.Connection(path, flags | (apsw.SQLITE_OPEN_CREATE if create else 0), vfs)
+    fork.note(connection, path)
     connection.set_busy_timeout(0)
     connection.execute(f"PRAGMA cache_size = -{max(256, cache_bytes // 1024)}")
     connection.execute("PRAGMA synchronous = FULL")
