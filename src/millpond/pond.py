@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from millpond.errors import InvalidInput, MillpondError, StoreClosed
+from millpond.errors import InvalidInput, MillpondError, StoreClosed, StoreCorrupt
 from millpond.model.clock import Clock, SystemClock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.queue import Queue
@@ -193,8 +193,12 @@ class Pond:
     async def verify(self) -> list[Problem]:
         """Check the store's integrity and that every record can be read; [] when all is well."""
         problems = await self.store.verify()
-        for name in await self.queues():
-            problems += await self._verify_queue(name)
+        try:
+            for name in await self.queues():
+                problems += await self._verify_queue(name)
+        except StoreCorrupt as error:
+            # Where the store is so broken that its records cannot be listed, that is a finding like others.
+            problems.append(Problem("records", str(error)))
         return problems
 
     async def _verify_queue(self, name: QueueName) -> list[Problem]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 
 import apsw
 
-from millpond.errors import StoreMismatch
+from millpond.errors import StoreCorrupt, StoreMismatch
 from millpond.stores.sqlite import fork
 from millpond.stores.sqlite.failures import translate
 
@@ -102,7 +102,8 @@ def migrate(
 ) -> int:
     """Bring the file to the newest schema and return the version it had. The caller holds the turnstile.
 
-    Raises StoreMismatch for a file that is not ours or newer than ``migrations``, StoreError for what SQLite says.
+    Raises StoreMismatch for a file that is not ours or newer than ``migrations``, StoreCorrupt for one that is damaged,
+    StoreError for what SQLite says.
     """
     try:
         application = connection.pragma("application_id")
@@ -115,6 +116,8 @@ def migrate(
     fresh = bool(empty) and application == 0 and version == 0
     if not fresh and application != APPLICATION_ID:
         raise StoreMismatch(f"{path} is an SQLite database, but not a Millpond store; name another file")
+    if not fresh and version < 1:
+        raise StoreCorrupt(f"{path} is damaged: schema version {version} was never written. Restore it from a backup")
     if version > len(migrations):
         raise StoreMismatch(
             f"{path} has schema version {version}; this Millpond knows versions up to {len(migrations)}. "
