@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from millpond.errors import InvalidInput, MillpondError, StoreClosed
+from millpond.errors import InvalidInput, MillpondError, StoreClosed, StoreCorrupt
 from millpond.model.clock import Clock, SystemClock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.queue import Queue
@@ -104,6 +104,8 @@ class Pond:
         self.service.on_due = self.dispatcher.due
         self._opened = False
         self._closed = False
+        self._process = 0
+        """Which opened it; tasks, threads and connections stay behind when another forks off."""
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
 
@@ -111,7 +113,10 @@ class Pond:
         """Open the store; `async with` does it. Raises StoreError."""
         if self._closed:
             raise StoreClosed("this pond was closed; connect again")
+        if self._forked:
+            await self.store.open()  # it says what is wrong
         if not self._opened:
+            self._process = os.getpid()
             await self.store.open()
             if not self.store.capabilities.encrypted:
                 try:
@@ -124,10 +129,14 @@ class Pond:
         return self
 
     async def close(self) -> None:
-        """Let what is under way finish, wake whoever waits with StoreClosed, release the store. Safe to repeat."""
+        """Let what is under way finish, wake whoever waits with StoreClosed, release the store. Safe to repeat.
+
+        In a child of the process that opened it there is nothing to close: it is the parent's."""
         if self._closed:
             return
         self._closed = True
+        if self._forked:
+            return
         if self._collect_timer is not None:
             self._collect_timer.cancel()
         if self._collecting is not None:
@@ -135,6 +144,10 @@ class Pond:
         await self.dispatcher.close()
         await self.service.close()
         await self.store.close()
+
+    @property
+    def _forked(self) -> bool:
+        return self._process not in {0, os.getpid()}
 
     async def __aenter__(self) -> Pond:
         return await self.open()
@@ -180,8 +193,12 @@ class Pond:
     async def verify(self) -> list[Problem]:
         """Check the store's integrity and that every record can be read; [] when all is well."""
         problems = await self.store.verify()
-        for name in await self.queues():
-            problems += await self._verify_queue(name)
+        try:
+            for name in await self.queues():
+                problems += await self._verify_queue(name)
+        except StoreCorrupt as error:
+            # Where the store is so broken that its records cannot be listed, that is a finding like others.
+            problems.append(Problem("records", str(error)))
         return problems
 
     async def _verify_queue(self, name: QueueName) -> list[Problem]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, KeysView, ValuesView
 from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from millpond.errors import StoreClosed
+from millpond.errors import StoreClosed, StoreError
 from millpond.message import Message, MessageState, MessageView
 from millpond.pond import DEFAULT_URL, Pond, connect
 from millpond.queue import DeadLetters, Queue
@@ -51,6 +52,7 @@ class Portal:
     """A background event loop and the way into it. Loop and thread begin with the first call."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._mutex = threading.Lock()
         """Guards what follows: no call is put on a loop that has ended, where it would wait for ever."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -76,6 +78,10 @@ class Portal:
         async def call() -> Any:
             return await awaitable
 
+        if self.forked:
+            # The thread stayed behind in the parent, and with it whoever could answer.
+            _discard(awaitable)
+            raise StoreError("this pond was opened before this process forked; open it anew in the child")
         with self._mutex:
             if self._closed:
                 _discard(awaitable)
@@ -110,13 +116,20 @@ class Portal:
             self._submit(awaitable)
 
     def close(self) -> None:
-        """End the loop and its thread. Safe to repeat."""
+        """End the loop and its thread. Safe to repeat; does nothing in a forked child."""
+        if self.forked:
+            return
         with self._mutex:
-            if not self._closed and self._loop is not None:
+            begun, self._closed = self._closed, True  # first, so that whom the end of the loop meets knows why
+            if not begun and self._loop is not None:
                 self._loop.call_soon_threadsafe(self._loop.stop)
-            self._closed = True
         if self._thread is not None:
             self._thread.join()
+
+    @property
+    def forked(self) -> bool:
+        """This is a child of the process that made it."""
+        return self._process != os.getpid()
 
 
 def _discard(awaitable: Awaitable[Any]) -> None:
@@ -268,6 +281,8 @@ class SyncPond(Synchronous, PondCalls):
 
     def close(self) -> None:
         """As `Pond.close`; safe to repeat."""
+        if self._portal.forked:
+            return
         with self._portal.closing:
             try:
                 self._portal.run(self._target.close())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tests.model.model import Model, require
 
-from millpond.errors import MillpondError
+from millpond.errors import LeaseLost, MessageNotFound, MillpondError
 from millpond.message import Message
 from millpond.model.clock import ManualClock
 from millpond.queue import Queue
@@ -69,6 +69,8 @@ class Workload:
         self.pond: TestPond
         self.held: dict[bytes, Message] = {}
         """By payload."""
+        self.delivered: list[Message] = []
+        """All that were ever received, in order."""
 
     async def open(self) -> None:
         """Begin, or go on after a stop."""
@@ -117,6 +119,7 @@ class Workload:
     async def receive(self, count: int, name: str = "orders") -> list[Message]:
         """Receive, and tell the model."""
         messages = await self.queue(name).receive(count)
+        self.delivered += messages
         for message in messages:
             self.models[name].deliver(*lease(message), self.now, None)
             self.held[self.models[name].messages[message.id].payload] = message
@@ -358,8 +361,11 @@ class Run(NamedTuple):
     error: MillpondError | None
 
 
-async def run(work: Workload, kept: list[dict[str, Model]] | None = None) -> Run:
-    """Work until the end or the first error. ``kept`` gets the models, first those of the empty queue."""
+async def run(
+    work: Workload, kept: list[dict[str, Model]] | None = None, answered: Callable[[], object] = lambda: None
+) -> Run:
+    """Work until the end or the first error. ``kept`` gets the models, first those of the empty queue; ``answered`` is
+    called after each step that was acknowledged."""
     done = 0
     if kept is not None:
         kept.append({name: model.copy() for name, model in work.models.items()})
@@ -370,6 +376,7 @@ async def run(work: Workload, kept: list[dict[str, Model]] | None = None) -> Run
             work.clock.advance(1)
             await each.run(work)
             done += 1
+            answered()
             if kept is not None:
                 kept.append({name: model.copy() for name, model in work.models.items()})
     except MillpondError as error:
@@ -399,6 +406,31 @@ async def check(live: TestPond, work: Workload, kept: list[dict[str, Model]], do
         for id in {*before[name], *after[name], *found[name]}:
             allowed = [before[name].get(id), after[name].get(id)]
             require(found[name].get(id) in allowed, f"{id} is {found[name].get(id)}, which is none of {allowed}")
+
+
+async def refuse_stale_answers(live: TestPond, work: Workload, delivered: list[Message]) -> None:
+    """Everything is delivered anew; then the leases of before change nothing, and what was delivered is given back."""
+    live.manual_clock.advance(10_000)
+    messages: list[Message] = []
+    for name in QUEUES:
+        while more := await live.queue(name).receive(10):
+            messages += more
+    before = await work.standing(live)
+    current = {(message.id, message.lease.token) for message in messages}
+    for old in delivered:
+        require(
+            (old.id, old.lease.token) not in current,
+            f"the fencing token {old.lease.token} of {old.id} was given out twice",
+        )
+        for answer in (live.service.ack, live.service.nack):
+            try:
+                await answer(old._delivery)
+            except (LeaseLost, MessageNotFound):
+                continue
+            require(False, f"a stale lease of {old.id} was taken for a current one")
+    require(await work.standing(live) == before, "answers with stale leases changed something")
+    for message in messages:
+        await message.defer(0)
 
 
 async def live_on(live: TestPond, kept: list[dict[str, Model]], done: int) -> None:

@@ -14,8 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import apsw
+
 from millpond.errors import StoreError
 from millpond.stores.sqlite.apply import DOOMED
+from millpond.stores.sqlite.failures import translate
+from millpond.stores.sqlite.room import Gauge
 from millpond.stores.sqlite.schema import CHUNK_BITS, connect
 
 SLICE = 8
@@ -30,7 +34,9 @@ class Bulk:
     """Writes and deletes blobs. Its methods run in the writer thread, which holds the turnstile."""
 
     def __init__(self, path: str, *, vfs: str | None, busy_timeout: float, checkpoint_pages: int) -> None:
+        self._path = path
         self.connection = connect(path, cache_bytes=_CACHE, vfs=vfs)
+        self._gauge = Gauge(path, self.connection)
         self.connection.set_busy_timeout(round(busy_timeout * 1000))
         self.connection.wal_autocheckpoint(checkpoint_pages)
         self.connection.execute("PRAGMA synchronous = NORMAL")
@@ -41,6 +47,8 @@ class Bulk:
         try:
             result = work()
             run("COMMIT")
+        except apsw.Error as error:
+            raise translate(error, self._path, self.connection) from error
         finally:
             if self.connection.in_transaction:
                 run("ROLLBACK")
@@ -62,6 +70,10 @@ class Bulk:
         ``created`` is its age so far, anew each time, lest a slow upload be taken for an orphan. ``end`` is the whole
         size, with the last of them.
         """
+
+        refusal = self._gauge.measure().refusal
+        if refusal is not None:
+            raise refusal
 
         def work() -> int:
             run = self.connection.execute

@@ -111,4 +111,5 @@ def check(connection: apsw.Connection) -> list[Problem]:
             problems.append(Problem(f"queue {queue}", f"a counter says {stored or 0}, the records say {counted or 0}"))
         return problems
     finally:
-        connection.execute("COMMIT")
+        if connection.in_transaction:  # an I/O error ends it, and is what the caller has to hear
+            connection.execute("COMMIT")

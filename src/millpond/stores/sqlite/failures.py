@@ -7,13 +7,17 @@ import os
 import apsw
 
 from millpond.errors import StoreBusy, StoreCorrupt, StoreError, StoreFull
+from millpond.stores.sqlite.room import NO_ROOM
 
 
-def translate(error: Exception, path: str) -> StoreError:
-    """The StoreError for what SQLite (or the file system below it) said about the database at ``path``."""
+def translate(error: Exception, path: str, connection: apsw.Connection | None = None) -> StoreError:
+    """The StoreError for what SQLite (or the file system below it) said about the database at ``path``.
+
+    ``connection``: the one that said it, which also knows what the system told SQLite."""
     if isinstance(error, StoreError):
         return error
-    if isinstance(error, apsw.FullError):
+    system = connection.system_errno if connection is not None and isinstance(error, apsw.IOError) else 0
+    if isinstance(error, apsw.FullError) or system in NO_ROOM:
         return StoreFull(f"no room left for {path}; nothing of this call was written. Free some space and try again")
     if isinstance(error, apsw.BusyError | apsw.LockedError):
         return StoreBusy(f"another writer holds {path}; nothing of this call was written. Try again")
@@ -25,4 +29,5 @@ def translate(error: Exception, path: str) -> StoreError:
         return StoreError(f"{path} cannot be opened: {error}. Check the permissions of the file and its directory")
     if isinstance(error, OSError):
         return StoreError(f"{error.filename or path}: {os.strerror(error.errno) if error.errno else error}")
-    return StoreError(f"{path}: {type(error).__name__}: {error}")
+    because = f" ({os.strerror(system)})" if system else ""
+    return StoreError(f"{path}: {type(error).__name__}: {error}{because}")

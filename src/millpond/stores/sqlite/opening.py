@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import apsw
 
-from millpond.errors import StoreBusy, StoreError, StoreMismatch
+from millpond.errors import StoreBusy, StoreCorrupt, StoreError, StoreMismatch
+from millpond.stores.sqlite import fork
 from millpond.stores.sqlite.blobs import Bulk
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
@@ -57,6 +58,7 @@ def open_database(
         raise StoreError(f"there is no directory {parent} for {os.path.basename(path)}; create it first")
     if os.path.isdir(path):
         raise StoreError(f"{path} is a directory; name a file")
+    fork.check(path)
     opened: list[apsw.Connection | Bulk | Turnstile] = []
     try:
         feed, mode = _beside(path)
@@ -64,6 +66,7 @@ def open_database(
         opened.append(lock)
         _take(lock, path, busy_timeout)
         try:
+            _keep_log(path)
             write = connect(path, cache_bytes=cache_bytes // 2, vfs=vfs, create=True)
             opened.append(write)
             if write.readonly("main"):
@@ -115,6 +118,20 @@ def _beside(path: str) -> tuple[str, int]:
         if given:
             os.chmod(directory, mode | (mode & 0o444) >> 2)  # the umask has no say in who may use what exists
     return feed, mode
+
+
+def _keep_log(path: str) -> None:
+    """SQLite removes the log of a database that is not there, or empty; but perhaps somebody only mislaid the database,
+    and nearly everything is in the log."""
+    try:
+        if os.stat(f"{path}-wal").st_size == 0 or (os.path.exists(path) and os.stat(path).st_size > 0):
+            return
+    except FileNotFoundError:
+        return
+    raise StoreCorrupt(
+        f"{path} is missing or empty, but its log {path}-wal is there. Bring back the file that it belongs to, or "
+        "remove the log to begin anew"
+    )
 
 
 def _take(lock: Turnstile, path: str, busy_timeout: float) -> None:

@@ -62,7 +62,8 @@ class Reads:
         try:
             yield
         finally:
-            self._run("COMMIT")
+            if self.connection.in_transaction:  # an I/O error ends it, and is what the caller has to hear
+                self._run("COMMIT")
 
     def _queue(self, namespace: str, name: str) -> int | None:
         key = (namespace, name)

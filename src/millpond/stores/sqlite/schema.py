@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 
 import apsw
 
-from millpond.errors import StoreMismatch
+from millpond.errors import StoreCorrupt, StoreMismatch
+from millpond.stores.sqlite import fork
 from millpond.stores.sqlite.failures import translate
 
 APPLICATION_ID = 0x4D6C5064
@@ -85,6 +86,7 @@ def connect(path: str, *, cache_bytes: int, vfs: str | None = None, create: bool
     """A connection to an existing (or, with ``create``, perhaps new) database, durable and waiting for nobody."""
     flags = apsw.SQLITE_OPEN_READWRITE
     connection = apsw.Connection(path, flags | (apsw.SQLITE_OPEN_CREATE if create else 0), vfs)
+    fork.note(connection, path)
     connection.set_busy_timeout(0)
     connection.execute(f"PRAGMA cache_size = -{max(256, cache_bytes // 1024)}")
     connection.execute("PRAGMA synchronous = FULL")
@@ -100,7 +102,8 @@ def migrate(
 ) -> int:
     """Bring the file to the newest schema and return the version it had. The caller holds the turnstile.
 
-    Raises StoreMismatch for a file that is not ours or newer than ``migrations``, StoreError for what SQLite says.
+    Raises StoreMismatch for a file that is not ours or newer than ``migrations``, StoreCorrupt for one that is damaged,
+    StoreError for what SQLite says.
     """
     try:
         application = connection.pragma("application_id")
@@ -113,6 +116,8 @@ def migrate(
     fresh = bool(empty) and application == 0 and version == 0
     if not fresh and application != APPLICATION_ID:
         raise StoreMismatch(f"{path} is an SQLite database, but not a Millpond store; name another file")
+    if not fresh and version < 1:
+        raise StoreCorrupt(f"{path} is damaged: schema version {version} was never written. Restore it from a backup")
     if version > len(migrations):
         raise StoreMismatch(
             f"{path} has schema version {version}; this Millpond knows versions up to {len(migrations)}. "

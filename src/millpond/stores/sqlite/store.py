@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import weakref
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -32,6 +32,7 @@ from millpond.stores.base import (
     Subscription,
     Updated,
 )
+from millpond.stores.sqlite import fork
 from millpond.stores.sqlite.apply import Take
 from millpond.stores.sqlite.blobs import SLICE
 from millpond.stores.sqlite.check import check
@@ -39,7 +40,7 @@ from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.opening import open_database
 from millpond.stores.sqlite.reads import Reads
 from millpond.stores.sqlite.schema import CHUNK, MIGRATIONS, connect
-from millpond.stores.sqlite.threads import Background
+from millpond.stores.sqlite.threads import Background, tell
 from millpond.stores.sqlite.writer import Writer
 from millpond.stores.wake import ChangeFeed, Name
 
@@ -86,7 +87,7 @@ class SqliteStore:
         self._vfs = vfs
         self._migrations = migrations
         self._refusal: StoreError | None = StoreClosed(f"the store {self._path} is not open")
-        self._opened = False
+        self._opened = self._inherited = False
         self._closing: asyncio.Task[None] | None = None
         self._reclaiming: asyncio.Task[None] | None = None
         self._capabilities = Capabilities(
@@ -123,6 +124,7 @@ class SqliteStore:
         if self._closing is not None:
             raise self._closed()
         thread = Background("millpond-reader")
+        fork.hold(self)
         try:
             opened = await thread.call(
                 lambda: open_database(
@@ -136,8 +138,10 @@ class SqliteStore:
             )
         except BaseException:
             thread.stop()
+            fork.drop(self)
             raise
         self._thread = thread
+        self._loop, self._home = asyncio.get_running_loop(), threading.get_ident()
         self._near, self._far, self._bulk, self._lock = Reads(opened.near), Reads(opened.far), opened.bulk, opened.lock
         self._writer = Writer(
             opened.write,
@@ -149,7 +153,6 @@ class SqliteStore:
         )
         self._feed = ChangeFeed(opened.feed, mode=opened.mode, clock=self._clock, look=self._writer.when_foreign)
         self._opened, self._refusal = True, None
-        _open.add(self)
 
     async def close(self) -> None:
         """Finish the writes under way, then release everything. Repeatable."""
@@ -158,7 +161,7 @@ class SqliteStore:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        if not self._opened or self in _inherited:
+        if not self._opened or self._inherited:
             return
         self._refusal = self._closed()
         self._feed.close()
@@ -170,7 +173,7 @@ class SqliteStore:
         self._thread.stop()
         # The last connection to close brings the log into the database, which may take a moment: in the thread.
         await self._writer.shut()
-        _open.discard(self)
+        fork.drop(self)
 
     def _close_far(self) -> None:
         self._far.connection.close()
@@ -183,11 +186,22 @@ class SqliteStore:
         if self._refusal is not None:
             raise type(self._refusal)(str(self._refusal))
 
-    def _forked(self) -> None:
-        """We are a child of the process that opened this store."""
+    def threads(self) -> list[Callable[[Callable[[], object]], object]]:
+        """To have something done in those of its threads, this one apart, that read."""
+        if not self._opened:
+            return []
+        found: list[Callable[[Callable[[], object]], object]] = [self._thread.post]
+        if self._home != threading.get_ident() and self._loop.is_running():
+            found.append(lambda work: tell(self._loop, work))
+        return found
+
+    def forked(self) -> None:
+        """This is a child of the process that opened this store, or was opening it."""
         self._refusal = StoreError(f"{self._path} was opened before this process forked; open it anew in the child")
-        self._lock.close()
-        self._feed.abandon()
+        if self._opened:
+            self._inherited = True
+            self._lock.close()
+            self._feed.abandon()
 
     # Writing
 
@@ -404,18 +418,3 @@ class SqliteStore:
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:
         """Records of a box in order of insertion."""
         return await self._read_far(Reads.list, namespace, queue, box, after, limit)
-
-
-_open: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_inherited: list[SqliteStore] = []
-"""Stores of the process that we were forked from. They are kept: closing an inherited SQLite connection is not safe."""
-
-
-def _after_fork() -> None:
-    for store in list(_open):
-        store._forked()
-        _inherited.append(store)
-    _open.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -20,16 +20,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import apsw
 
-from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError
+from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError, StoreFull
 from millpond.model.clock import Clock, TimerHandle
 from millpond.stores.base import Insert, Op, Outcome, PutDocument, PutState, QueueName, Removed, Reseal, Updated
 from millpond.stores.sqlite.apply import Applier, Take
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
+from millpond.stores.sqlite.room import Gauge
 from millpond.stores.sqlite.threads import Background, tell
 
 MAX_OPS = 1000
@@ -95,12 +97,14 @@ class Job:
 class Batch:
     """The calls of one transaction."""
 
-    __slots__ = ("calls", "changed", "doomed", "ops", "seconds", "wrote")
+    __slots__ = ("calls", "changed", "doomed", "ops", "seconds", "tight", "wrote")
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.changed: set[QueueName | tuple[str, str]] = set()
         self.doomed = False
+        self.tight = False
+        """The file system has little room left."""
         self.wrote = False
         self.ops = 0
         self.seconds = 0.0
@@ -141,6 +145,7 @@ class Writer:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._applier = Applier(connection)
+        self._gauge = Gauge(path, connection)
         self._lock = lock
         self._path = path
         self._clock = clock
@@ -232,7 +237,13 @@ class Writer:
         report, self._check_foreign = self._check_foreign, None
         if report is None:
             return
-        before, self._data_version = self._data_version, int(self._applier.execute("PRAGMA data_version").get)
+        try:
+            before, self._data_version = self._data_version, int(self._applier.execute("PRAGMA data_version").get)
+        except apsw.Error:
+            # Nobody waits for this answer, and it must not keep what comes after it (the next transaction) from
+            # running. What was missed differs from the version kept, so the next look finds it.
+            report(False)
+            return
         report(before not in {0, self._data_version})
 
     # On the loop
@@ -346,6 +357,8 @@ class Writer:
             numbers["largest_commit"] = max(numbers["largest_commit"], batch.ops)
             if batch.changed or batch.doomed:
                 self._report(batch.changed, batch.doomed)
+        if batch.tight and not self._jobs and not self._closing:
+            self.job(self._begin_log_anew)  # while the database can still grow by what is in it
         for call in batch.calls:
             future = call.future
             if future.done():
@@ -461,8 +474,10 @@ class Writer:
         try:
             self._applier.execute("COMMIT")
         except apsw.Error as failure:
-            error = translate(failure, self._path)
+            error = translate(failure, self._path, self._connection)
             self._roll_back()
+            if isinstance(error, StoreFull):
+                self._begin_log_anew()
         self._lock.release()
         if error is None:
             self._applier.committed()
@@ -541,6 +556,11 @@ class Writer:
         if self._connection.in_transaction:
             self._applier.execute("ROLLBACK")
 
+    def _begin_log_anew(self) -> None:
+        """Bring the log into the database, if that still can be done, and give back its room."""
+        with suppress(apsw.Error):  # no room there either: it is tried again with the next transaction
+            self._applier.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def _fail(self, batch: Batch, error: StoreError) -> None:
         """Nothing of the batch was applied: all its callers hear why."""
         self.numbers["failed_commits"] += 1
@@ -558,6 +578,7 @@ class Writer:
         applier, batch = self._applier, Batch()
         failed: list[Call] = []
         again: deque[Call] = deque()
+        room = self._gauge.measure()
         while True:
             calls: list[Call] = []
             ops = 0
@@ -567,6 +588,10 @@ class Writer:
                 while again or (source and ops < limit and applier.volume < MAX_BYTES):
                     current = again.popleft() if again else source.popleft()
                     if current.future.done():
+                        continue
+                    if room.refusal is not None and current.grows:
+                        current.error = StoreFull(str(room.refusal))
+                        failed.append(current)
                         continue
                     current.outcomes = current.apply(current.request)
                     calls.append(current)
@@ -594,7 +619,7 @@ class Writer:
                     break
         batch.calls = calls + failed
         batch.ops = ops
-        batch.changed, batch.doomed = applier.changed, applier.doomed
+        batch.changed, batch.doomed, batch.tight = applier.changed, applier.doomed, room.tight
         return batch
 
 
