@@ -14,6 +14,10 @@ MAX_SECONDS = 100 * 366 * 86_400.0
 """A century: longer durations are mistakes (milliseconds given as seconds), and sums stay far inside 64 bits."""
 
 
+MAX_ATTEMPTS = 1_000_000
+"""Largest failure budget; more is a slip, and 0 says "without limit"."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Defaults and limits of a pond. Durations are seconds. None of it is stored: it is this process's view."""
 
@@ -51,8 +55,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         if self.default_ttl is not None and not 0 < self.default_ttl <= MAX_SECONDS:
             raise InvalidInput("default_ttl must be more than 0 seconds, or None for no expiry")
         for name in ("default_max_attempts",):
-            if getattr(self, name) < 0:
-                raise InvalidInput(f"{name} must not be negative (0 means without limit)")
+            if not 0 <= getattr(self, name) <= MAX_ATTEMPTS:
+                raise InvalidInput(f"{name} must be from 1 to {MAX_ATTEMPTS:,} (0 means without limit)")
         for name in ("ready_cache_size", "ready_page_size", "max_consumers", "page_size"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"{name} must be at least 1")
@@ -76,8 +80,8 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and not 0 < value <= MAX_SECONDS:
                 raise InvalidInput(f"{name} must be more than 0 seconds and less than a century, or None")
-        if self.max_attempts is not None and self.max_attempts < 0:
-            raise InvalidInput("max_attempts must not be negative (0 means without limit)")
+        if self.max_attempts is not None and not 0 <= self.max_attempts <= MAX_ATTEMPTS:
+            raise InvalidInput(f"max_attempts must be from 1 to {MAX_ATTEMPTS:,} (0 means without limit)")
         if self.on_expired not in ("discard", "dead_letter"):
             raise InvalidInput("on_expired must be 'discard' or 'dead_letter'")
         if self.on_exhausted not in ("discard", "dead_letter"):

@@ -27,6 +27,16 @@ PAGE = 500
 """Records per page when a whole box is worked through: bounded memory, shared commits."""
 
 
+LARGEST_PAGE = 1_000_000
+"""Messages that one call may ask to see: they are held in memory together, and SQLite's own numbers have 63 bits."""
+
+
+def _page_size(limit: int) -> int:
+    if limit.__class__ is not int or not 1 <= limit <= LARGEST_PAGE:
+        raise InvalidInput(f"the number of messages to look at must be from 1 to {LARGEST_PAGE:,}, not {limit!r}")
+    return limit
+
+
 class MessageListResult(NamedTuple):
     """A page of messages in order of insertion."""
 
@@ -58,9 +68,7 @@ class QueueService(States):
     ) -> MessageListResult:
         """Messages in order of insertion, whatever their visibility. A record that cannot be read is left out and
         logged. Raises InvalidQueue, InvalidInput."""
-        if limit < 1:
-            raise InvalidInput("limit must be at least 1")
-        page = await self.store.list(*self.key(namespace, queue), box, after=after, limit=limit)
+        page = await self.store.list(*self.key(namespace, queue), box, after=after, limit=_page_size(limit))
         records = []
         for stored in page.records:
             try:
@@ -117,7 +125,7 @@ class QueueService(States):
 
     async def peek(self, namespace: str | None, queue: str, limit: int) -> list[Record]:
         """The first ready messages, left where they are; read from the store, so that it disturbs no consumer."""
-        page = await self.store.ready(*self.key(namespace, queue), self.clock.now_ms(), limit=limit)
+        page = await self.store.ready(*self.key(namespace, queue), self.clock.now_ms(), limit=_page_size(limit))
         records = []
         for stored in page.records:
             try:
