@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 from collections.abc import Callable
 from types import TracebackType
@@ -91,7 +90,7 @@ def open_store(url: str, clock: Clock) -> Store:
                     number = convert(value)
                 except ValueError as error:
                     raise InvalidInput(f"{name}={value} in {url!r} is not a number") from error
-                if not math.isfinite(number) or not 0 <= number <= LARGEST_OPTION:
+                if not 0 <= number <= LARGEST_OPTION:  # neither is NaN
                     raise InvalidInput(f"{name}={value} in {url!r} is not a number from 0 to 2**40")
                 options[name] = number
         _no_more(url, query)
