@@ -49,6 +49,7 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequenc
 from datetime import datetime
 from typing import Any, TypeVar
 
+from millpond.errors import MillpondError
 from millpond.message import Lease
 from millpond.model.clock import Clock
 from millpond.queue import Answer, QueueCounts, Receipt

@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-from millpond.errors import InvalidInput, MillpondError, StoreClosed, StoreCorrupt
+from millpond.errors import InvalidInput, MessageNotFound, MillpondError, StoreBusy, StoreClosed, StoreCorrupt
+from millpond.model import names
 from millpond.model.clock import Clock, SystemClock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.queue import Queue
@@ -19,7 +20,7 @@ from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
-from millpond.stores.base import Box, Problem, QueueName, Store
+from millpond.stores.base import Box, Conflict, Problem, QueueName, Remove, Store
 from millpond.stores.sealed import refuse_sealed
 
 if TYPE_CHECKING:
@@ -32,12 +33,44 @@ logging.getLogger("millpond").addHandler(logging.NullHandler())
 DEFAULT_URL = "sqlite:///millpond.db"
 
 
+LARGEST_OPTION = 2**40
+"""Of an option of a store's URL: a TiB, or 35,000 years. More is a slip, and SQLite's own numbers have 63 bits."""
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise InvalidInput(f"{url!r} is not a URL: {error}") from error
+
+
+def sqlite_path(url: str) -> str | None:
+    """The file that an ``sqlite:`` URL names, and None for other URLs; nothing is opened. In a path, ``%``, ``?`` and
+    ``#`` are written ``%25``, ``%3F`` and ``%23``. Raises InvalidInput."""
+    parts = _split(url)
+    if parts.scheme != "sqlite":
+        return None
+    path = unquote(parts.path, errors="surrogateescape").removeprefix("/")
+    # sqlite:/a.db could mean either kind of path.
+    if not url[len("sqlite:") :].startswith("///") or not path:
+        raise InvalidInput(f"{url!r} names no file: write sqlite:///relative/path.db or sqlite:////absolute/path.db")
+    if parts.fragment or url.endswith("#"):
+        raise InvalidInput(f"{url!r} has a #, which ends a URL's path: write %23 where it belongs to the file's name")
+    if "\0" in path:
+        raise InvalidInput(f"{url!r} has a NUL, which no file's name can have")
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{url!r} is not UTF-8, which SQLite needs of a path; name another file") from error
+    return path
+
+
 def open_store(url: str, clock: Clock) -> Store:
     """The store that a URL names, not opened yet.
 
     ``sqlite:///relative/path.db``, ``sqlite:////absolute/path.db`` (options: ``busy_timeout`` seconds, ``inline_limit``
     and ``cache_bytes`` bytes), ``memory://``. Raises InvalidInput."""
-    parts = urlsplit(url)
+    parts = _split(url)
     query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
     if parts.scheme == "memory":
         from millpond.stores.memory import MemoryStore
@@ -47,19 +80,19 @@ def open_store(url: str, clock: Clock) -> Store:
     if parts.scheme == "sqlite":
         from millpond.stores.sqlite import SqliteStore
 
-        path = unquote(parts.path).removeprefix("/")
-        if parts.netloc or not path:
-            raise InvalidInput(
-                f"{url!r} names no file: write sqlite:///relative/path.db or sqlite:////absolute/path.db"
-            )
+        path = sqlite_path(url)
+        assert path is not None
         options: dict[str, Any] = {}
         for name, convert in (("busy_timeout", float), ("inline_limit", int), ("cache_bytes", int)):
             if name in query:
                 value = query.pop(name)
                 try:
-                    options[name] = convert(value)
+                    number = convert(value)
                 except ValueError as error:
                     raise InvalidInput(f"{name}={value} in {url!r} is not a number") from error
+                if not 0 <= number <= LARGEST_OPTION:  # neither is NaN
+                    raise InvalidInput(f"{name}={value} in {url!r} is not a number from 0 to 2**40")
+                options[name] = number
         _no_more(url, query)
         return SqliteStore(path, clock=clock, **options)
     known = "sqlite:///path.db or memory://"
@@ -68,7 +101,10 @@ def open_store(url: str, clock: Clock) -> Store:
 
 def _no_more(url: str, query: dict[str, str]) -> None:
     if query:
-        raise InvalidInput(f"{url!r} has options that this store does not know: {', '.join(sorted(query))}")
+        unknown = ", ".join(sorted(query))
+        raise InvalidInput(
+            f"{url!r} has options that this store does not know: {unknown} (a ? in a file's name is written %3F)"
+        )
 
 
 class Pond:
@@ -226,6 +262,53 @@ class Pond:
                     break
                 after = page.next_after
         return problems
+
+    async def unreadable(self, queue: str, *, namespace: str | None = None) -> list[tuple[str, MillpondError]]:
+        """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written
+        under a key that the keyring lacks, changed, damaged, or by a newer Millpond. Nobody is given such a message.
+        Reads the whole queue. Raises InvalidQueue."""
+        from millpond.stores.encrypted import EncryptedStore
+
+        key = self.service.key(namespace, queue)
+        found = await self.store.unreadable(*key) if isinstance(self.store, EncryptedStore) else []
+        for box in Box:
+            after: int | None = None
+            while True:
+                page = await self.store.list(*key, box, after=after, limit=500)
+                for stored in page.records:
+                    try:
+                        self.service.record(stored)
+                    except MillpondError as error:
+                        found.append((stored.item.id, error))
+                if page.next_after is None:
+                    break
+                after = page.next_after
+        return found
+
+    async def discard_unreadable(self, queue: str, message_id: str, *, namespace: str | None = None) -> None:
+        """Remove a message whose record cannot be read, with its payload and state, for good. With the key that is
+        missing, or the newer Millpond that wrote it, it could still be read.
+
+        Raises MessageNotFound when there is none, InvalidInput when it can be read, StoreBusy when it is being
+        changed.
+        """
+        from millpond.stores.encrypted import EncryptedStore
+
+        key = self.service.key(namespace, queue)
+        id = names.message_id(message_id)
+        if isinstance(self.store, EncryptedStore) and await self.store.discard_unreadable(*key, id):
+            return
+        stored = await self.store.get(*key, id)
+        if stored is None:
+            raise MessageNotFound(f"there is no message {id} in queue {key[1]} of namespace {key[0]}")
+        try:
+            self.service.record(stored)
+        except MillpondError:
+            [outcome] = await self.store.write((Remove(stored.item, stored.mark),))
+            if isinstance(outcome, Conflict):
+                raise StoreBusy(f"message {id} is being changed; try again") from None
+            return
+        raise InvalidInput(f"message {id} can be read: ack it, or purge it as any other")
 
     async def rekey(self, progress: Callable[[int], None] | None = None, *, encrypt_plain: bool = False) -> int:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and

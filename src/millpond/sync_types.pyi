@@ -7,6 +7,7 @@ from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequenc
 from datetime import datetime
 from typing import Any, TypeVar
 
+from millpond.errors import MillpondError
 from millpond.message import Lease
 from millpond.model.clock import Clock
 from millpond.queue import Answer, QueueCounts, Receipt
@@ -384,6 +385,18 @@ class PondCalls:
 
     def verify(self) -> builtins.list[Problem]:
         """Check the store's integrity and that every record can be read; [] when all is well."""
+
+    def unreadable(self, queue: str, *, namespace: str | None = ...) -> builtins.list[tuple[str, MillpondError]]:
+        """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written
+        under a key that the keyring lacks, changed, damaged, or by a newer Millpond. Nobody is given such a message.
+        Reads the whole queue. Raises InvalidQueue."""
+
+    def discard_unreadable(self, queue: str, message_id: str, *, namespace: str | None = ...) -> None:
+        """Remove a message whose record cannot be read, with its payload and state, for good. With the key that is
+        missing, or the newer Millpond that wrote it, it could still be read.
+
+        Raises MessageNotFound when there is none, InvalidInput when it can be read, StoreBusy when it is being
+        changed."""
 
     def rekey(self, progress: Callable[[int], None] | None = ..., *, encrypt_plain: bool = ...) -> int:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -474,3 +475,49 @@ def test_what_is_printed_is_stored(cli: Cli) -> None:
     stored = cli.json("receive", "q", "-n", "1000")
     assert [record["message_id"] for record in stored] == printed
     assert [record["payload"].encode() for record in stored] == payloads
+
+
+def shell(cli: Cli, script: str) -> subprocess.CompletedProcess[bytes]:
+    """A shell line in which $M is the command."""
+    environment = cli.environment | {"M": f"{sys.executable} -m millpond"}
+    return subprocess.run(
+        ["sh", "-c", script], cwd=cli.folder, env=environment, capture_output=True, timeout=BOUND, check=False
+    )
+
+
+def test_closed_standard_streams_harm_nothing(cli: Cli) -> None:
+    first = cli("enqueue", "q", "first").stdout.decode().strip()
+    done = shell(cli, "$M enqueue q second >&- 2>&-; echo $?; $M stats >&- <&-; echo $?; $M work q -n 1 -- cat <&- >&-")
+    assert (done.stdout, done.returncode) == (b"0\n0\n", 0)
+    assert b"Traceback" not in done.stderr
+    assert b"1 acked" in done.stderr
+    done = shell(cli, "$M enqueue q <&-")
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"millpond: error: stdin is closed")
+    done = shell(cli, "$M purge q <&-")
+    assert done.returncode == 2
+    assert b"give --yes" in done.stderr
+    left = cli.one("peek", "q")
+    assert (left["payload"], left["message_id"] != first) == ("second", True)
+    cli("verify")
+
+
+def test_a_full_disk_behind_stdout_gives_messages_back(cli: Cli) -> None:
+    cli("enqueue", "q", "x")
+    done = shell(cli, "$M receive q --json --ack > /dev/full")
+    assert (done.returncode, done.stderr) == (1, b"millpond: error: No space left on device\n")
+    assert cli.one("stats", "q")["ready"] == 1
+
+
+def test_what_cannot_be_read_is_discarded_and_frees_those_behind_it(cli: Cli) -> None:
+    ids = [cli.one("enqueue", "q", text, "--ordering-key", "k")["message_id"] for text in ("first", "second")]
+    file = sqlite3.connect(cli.folder / "pond.db")
+    file.execute("UPDATE body SET head = x'00' WHERE seq = (SELECT seq FROM message WHERE id = ?)", ids[:1])
+    file.commit()
+    file.close()
+    assert cli.json("receive", "q") == []
+    assert ids[0] in cli("verify", code=1).stdout.decode()
+    assert b"give --yes" in cli("discard-unreadable", "q", "--all", code=2).stderr
+    assert cli.one("discard-unreadable", "q", "--all", "--yes")["message_id"] == ids[0]
+    assert cli.one("receive", "q")["payload"] == "second"
+    cli("verify")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from millpond.cli.durations import Duration
-from millpond.cli.settings import Command, Group, Settings, confirm, option, pass_settings, queue_argument
+from millpond.cli.settings import Command, Group, Settings, can_ask, confirm, option, pass_settings, queue_argument
 
 if TYPE_CHECKING:
+    from millpond.errors import MillpondError
     from millpond.pond import Pond
     from millpond.queue import Queue
 
@@ -55,6 +56,51 @@ def purge(settings: Settings, queue: str, yes: bool) -> None:
         else:
             output.line(f"{count} removed")
 
+    settings.run(remove, existing=True)
+
+
+@click.command("discard-unreadable", cls=Command)
+@queue_argument()
+@click.argument("messages", metavar="[MESSAGE]...", nargs=-1)
+@option("--all", "everything", is_flag=True, environment=False, help="All messages of the queue that cannot be read.")
+@option("--yes", "-y", is_flag=True, environment=False, help="Do not ask.")
+@pass_settings
+def discard_unreadable(settings: Settings, queue: str, messages: tuple[str, ...], everything: bool, yes: bool) -> None:
+    """Remove messages of QUEUE that cannot be read, for good.
+
+    Such a message was written under a key that the keyring lacks, was changed or damaged, or is from a newer Millpond.
+    `verify` lists them. Nobody is given one, no other command removes one, and one with an ordering key holds up those
+    behind it. First look for the missing key: with it the message could still be read.
+
+    Only what cannot be read is removed; a message named here that can be read is an error. Says what it would remove
+    and asks; where nobody can be asked, --yes is needed. A payload that cannot be read needs no discarding: the message
+    is handed out, fails, and ends among the dead letters.
+    """
+    if bool(messages) == everything:
+        raise click.UsageError("name messages, or --all of them" if not messages else "give either messages or --all")
+    output = settings.output()
+    question = f"Remove messages of {queue} that cannot be read, for good?"
+    if yes or not can_ask():
+        confirm(question, yes)
+
+    async def find(pond: Pond) -> list[tuple[str, MillpondError]]:
+        found = await pond.unreadable(queue, namespace=settings.namespace)
+        return [(id, error) for id, error in found if everything or id in messages]
+
+    async def remove(pond: Pond) -> None:
+        ids = [id for id, _ in found] if everything else list(messages)
+        for id in ids:
+            await pond.discard_unreadable(queue, id, namespace=settings.namespace)
+            if output.json:
+                output.record({"queue": queue, "message_id": id, "discarded": True})
+        if not output.json:
+            output.line(f"{len(ids)} removed")
+
+    found = settings.run(find, existing=True)
+    for id, error in found:
+        output.note(f"{id}: {error} [{error.code}]")
+    if found and not yes:
+        confirm(question, yes)
     settings.run(remove, existing=True)
 
 

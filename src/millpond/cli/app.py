@@ -17,7 +17,17 @@ from millpond.errors import MillpondError
 SECTIONS = {
     "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work"),
     "Look": ("peek", "queues", "stats", "dlq"),
-    "Administer": ("pause", "resume", "policy", "purge", "verify", "rekey", "keygen", "completion"),
+    "Administer": (
+        "pause",
+        "resume",
+        "policy",
+        "purge",
+        "verify",
+        "discard-unreadable",
+        "rekey",
+        "keygen",
+        "completion",
+    ),
 }
 
 
@@ -133,6 +143,7 @@ def _add_commands() -> None:
         admin.policy,
         admin.purge,
         inspect.verify,
+        admin.discard_unreadable,
         keys.rekey,
         keys.keygen,
         completion.completion,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from millpond.pond import Pond
     from millpond.queue import Queue
 
+SHOWN_BINARY = 1024
+"""Bytes of a payload that is no text that are shown to people (as base64); programs get them with --json."""
 ANSWERS_AT_ONCE = 1000
 """Answers under way together: they share commits; more would only hold more of the input in memory."""
 
@@ -141,8 +143,10 @@ class Printer:
             self._output.line("  (a large payload: --output or --output-dir streams it into a file)")
         elif fields["payload_encoding"] == "utf-8":
             self._output.line("  " + printable(fields["payload"], indent=2))
-        else:
+        elif len(payload) <= SHOWN_BINARY:
             self._output.line(f"  base64 {fields['payload']}")
+        else:
+            self._output.line(f"  ({fields['payload_size']} bytes that are no text: --json, --output or --output-dir)")
 
 
 def open_output(path: str) -> BinaryIO:
@@ -279,8 +283,11 @@ class Answers:
                 from millpond.cli.input import batches, lines
 
                 queue = self._settings.queue(pond, self._queue)
+                before = 0
                 async for found, _ in lines(source.fileno()):
-                    for batch in batches([line for line in found if line.strip()], ANSWERS_AT_ONCE):
+                    numbered = [(number, line) for number, line in enumerate(found, before + 1) if line.strip()]
+                    before += len(found)
+                    for batch in batches(numbered, ANSWERS_AT_ONCE):
                         await self._batch(queue, batch)
 
             self._settings.run(many, existing=True)
@@ -289,10 +296,16 @@ class Answers:
         if self._failed:
             raise click.exceptions.Exit(EXIT_ERROR)
 
-    async def _batch(self, queue: Queue, batch: list[bytes]) -> None:
+    async def _batch(self, queue: Queue, batch: list[tuple[int, bytes]]) -> None:
         import asyncio
 
-        deliveries = [parse_delivery(line, queue.name) for line in batch]
+        deliveries = []
+        for number, line in batch:
+            try:
+                deliveries.append(parse_delivery(line, queue.name))
+            except InvalidInput as wrong:
+                done = f"{self._done} answered before it" if self._done else "nothing was answered"
+                raise InvalidInput(f"line {number}: {wrong}; {done}") from wrong
         for delivery, error in zip(
             deliveries, await asyncio.gather(*(self._try(queue, delivery) for delivery in deliveries)), strict=True
         ):
@@ -326,13 +339,15 @@ def parse_delivery(line: bytes, queue: str) -> Delivery:
     """A delivery from a line of ``receive --json``. Raises InvalidInput."""
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"not a line of `receive --json`: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidInput("not a line of `receive --json`: not an object")
     message, lease, token = (fields.get(name) for name in ("message_id", "lease_id", "fencing_token"))
     if not isinstance(message, str) or not isinstance(lease, str) or not isinstance(token, int):
-        raise InvalidInput("a line lacks message_id, lease_id or fencing_token")
+        raise InvalidInput(
+            "it lacks message_id, lease_id or fencing_token, or they are not what `receive --json` printed"
+        )
     if fields.get("queue", queue) != queue:
         raise InvalidInput(f"message {message} was received from queue {fields['queue']!r}, not from {queue!r}")
     return Delivery(message, lease, token)

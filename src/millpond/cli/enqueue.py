@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import sys
@@ -106,7 +107,7 @@ def parse_attributes(text: str | None, pairs: tuple[str, ...]) -> dict[str, Any]
     found: dict[str, Any] = {}
     if text is not None:
         try:
-            found = json.loads(text)
+            found = _strict_json(text)
         except ValueError as error:
             raise click.UsageError(f"--attributes is not JSON: {error}") from error
         if not isinstance(found, dict):
@@ -119,16 +120,34 @@ def parse_attributes(text: str | None, pairs: tuple[str, ...]) -> dict[str, Any]
             found[key] = value
             continue
         try:
-            found[key[:-1]] = json.loads(value)
+            found[key[:-1]] = _strict_json(value)
         except ValueError as error:
-            raise click.UsageError(f"--attribute {pair!r}: the value is not JSON: {error}") from error
+            raise click.UsageError(f"--attribute {key}…: the value is not JSON: {error}") from error
     return found
 
 
+def _strict_json(text: str) -> Any:
+    """JSON of the standard: no NaN, nothing beyond a float's range, for neither could be printed again. Raises
+    ValueError."""
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"{digits} is no number that JSON can hold")
+        return value
+
+    try:
+        return json.loads(text, parse_float=number, parse_constant=number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def open_input(file: str | None) -> BinaryIO:
-    """The file, or stdin. Raises click.UsageError when that is a terminal that nobody asked to type on."""
+    """The file, or stdin. Raises click.UsageError when that is closed, or a terminal that nobody asked to type on."""
     if file is not None and file != "-":
         return open(file, "rb", buffering=0)
+    if sys.stdin is None:
+        raise click.UsageError("stdin is closed: give DATA, --file, or pipe the payload in")
     if file is None and sys.stdin.isatty():
         raise click.UsageError("nothing to queue: give DATA, --file, or pipe the payload in")
     return os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)

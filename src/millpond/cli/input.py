@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
 
 READ_SIZE = 256 * 1024
 """Bytes per read: four pipe buffers; large enough that reading is not what costs."""
@@ -80,7 +83,7 @@ async def lines(descriptor: int, separator: bytes = b"\n") -> AsyncIterator[tupl
     yield splitter.finish(), 0
 
 
-def batches(items: list[bytes], size: int) -> Iterator[list[bytes]]:
+def batches(items: list[T], size: int) -> Iterator[list[T]]:
     """Slices of at most ``size``."""
     for at in range(0, len(items), size):
         yield items[at : at + size]

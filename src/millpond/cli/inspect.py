@@ -42,6 +42,8 @@ def peek(settings: Settings, queue: str, count: int, message: str | None, output
     async def look(pond: Pond) -> None:
         source = settings.queue(pond, queue)
         views = [await source.get(message)] if message is not None else await source.peek(count)
+        if not views:
+            settings.output().note(f"nothing is ready in {source.name}")
         for view in views:
             await show(settings.output(), view, output, not no_payload)
 
@@ -51,7 +53,7 @@ def peek(settings: Settings, queue: str, count: int, message: str | None, output
 async def show(output: Output, view: MessageView, file: str | None, with_payload: bool) -> None:
     """One message in full: its fields and, if wanted, its payload, which may go to a file."""
     from millpond.cli import records
-    from millpond.cli.consume import open_output
+    from millpond.cli.consume import SHOWN_BINARY, open_output
 
     if file == "-":
         async for chunk in view.stream():
@@ -69,8 +71,13 @@ async def show(output: Output, view: MessageView, file: str | None, with_payload
     if output.json:
         output.record(fields)
         return
-    if fields.get("payload_encoding") == "utf-8":
+    encoding = fields.get("payload_encoding")
+    if encoding == "utf-8":
         del fields["payload_encoding"]
+    elif encoding == "base64" and view.payload_size > SHOWN_BINARY:
+        fields |= {"payload": None, "payload_encoding": "no text; --json or --output shows it"}
+    elif encoding == "omitted":
+        fields["payload_encoding"] = "large; --output shows it"
     output.block(fields)
     output.line()
 
@@ -94,6 +101,8 @@ def queues(settings: Settings) -> None:
                 output.record({"namespace": at, "queue": name, "paused": paused})
         elif rows:
             output.rows(("namespace", "queue", "state"), [(at, name, "paused" if p else "") for at, name, p in rows])
+        else:
+            output.note("no queues")
 
     settings.run(look, existing=True)
 
@@ -137,6 +146,8 @@ def stats(settings: Settings, queue: str | None) -> None:
                     for record in found
                 ],
             )
+        else:
+            output.note("no queues")
         if settings.verbose:
             output.line()
             output.block(pond.statistics())

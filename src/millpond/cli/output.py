@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr. JSON and payloads are written a
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +25,24 @@ def is_terminal(stream: IO[Any] | None) -> bool:
 
 def to_json(record: Mapping[str, Any]) -> bytes:
     """One line of JSON, keys in the order given."""
-    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=_plain)
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain, allow_nan=False)
+
+    try:
+        text = dump(record)
+    except (TypeError, ValueError):  # what a program may put into attributes and errors, and JSON has no word for
+        text = dump(_representable(record))
     return text.encode("utf-8", "surrogateescape") + b"\n"
+
+
+def _representable(value: Any) -> Any:
+    """The same with text in place of NaN, infinity, and keys that are no text."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(_plain(key)): _representable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_representable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

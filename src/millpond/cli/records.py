@@ -112,5 +112,8 @@ def error_text(error: Any) -> str:
 
 
 async def all_queues(pond: Pond, namespace: str | None) -> list[tuple[str, str]]:
-    """Every queue of the pond, or of one namespace."""
+    """Every queue of the pond, or of one namespace. Raises InvalidQueue."""
+    from millpond.model.names import namespace_name
+
+    namespace = namespace and namespace_name(namespace)
     return [(at, name) for at, name in await pond.queues() if namespace is None or at == namespace]

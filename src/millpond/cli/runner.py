@@ -382,7 +382,7 @@ class Runner:
 
     async def _nack(self, message: Message, error: dict[str, object]) -> None:
         limit = message.max_attempts
-        log.info("command failed", extra={"message_id": message.id, "reason": error["error"]})
+        log.info("millpond.work.command_failed", extra={"message_id": message.id, "reason": error["error"]})
         if await self._answer(message, message.nack(error=error, delay=self.delay(message.failures)), "nacked"):
             self.tally.dead += bool(limit) and message.failures + 1 >= limit
 

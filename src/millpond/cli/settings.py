@@ -80,14 +80,16 @@ class Settings:
             async with self.open() as pond:
                 return await work(pond)
 
-        return asyncio.run(session())
+        result = asyncio.run(session())
+        if not existing and self.store.startswith("memory:"):
+            self.output().note("memory:// lasted no longer than this command; name a file with --store")
+        return result
 
     def store_file(self) -> str | None:
-        """The path of an SQLite store; None for any other kind."""
-        scheme, found, path = self.store.partition(":///")
-        if not found or scheme.lower() != "sqlite":
-            return None
-        return path.partition("?")[0]
+        """The path of an SQLite store; None for any other kind. Raises InvalidInput."""
+        from millpond.pond import sqlite_path
+
+        return sqlite_path(self.store)
 
     def _check_exists(self) -> None:
         path = self.store_file()
@@ -127,6 +129,19 @@ def _fields_formatter(form: str) -> logging.Formatter:
 pass_settings = click.make_pass_decorator(Settings, ensure=True)
 
 
+class Text(click.ParamType[str]):
+    """A click type: text, and not the bytes that a shell also passes. Payloads and file names may be those."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail("is not UTF-8 text", param, ctx)
+        return str(value)
+
+
 class Option(click.Option):
     """An option that also reads ``MILLPOND_<COMMAND>_<OPTION>`` and says so in its help.
 
@@ -137,7 +152,10 @@ class Option(click.Option):
         attributes.setdefault("show_envvar", environment)
         attributes["allow_from_autoenv"] = environment
         if isinstance(attributes.get("type"), click.IntRange):
+            attributes["type"].name = "integer"  # rather than "integer range", in what click says
             attributes.setdefault("metavar", "N")
+        elif not attributes.get("is_flag"):
+            attributes.setdefault("type", Text())
         super().__init__(*args, **attributes)
 
 
@@ -279,7 +297,10 @@ def _complete_queue(ctx: click.Context, param: click.Parameter, incomplete: str)
     from millpond.errors import MillpondError
 
     settings = ctx.ensure_object(Settings)
-    path = settings.store_file()
+    try:
+        path = settings.store_file()
+    except MillpondError:
+        return []
     if path is None or not os.path.exists(path):
         return []
 
@@ -292,10 +313,15 @@ def _complete_queue(ctx: click.Context, param: click.Parameter, incomplete: str)
         return []
 
 
+def can_ask() -> bool:
+    """A person is at the terminal."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def confirm(question: str, yes: bool) -> None:
     """Ask a person; without one at the terminal, ``--yes`` must have been given."""
     if yes:
         return
-    if not sys.stdin.isatty():
+    if not can_ask():
         raise click.UsageError("this cannot be undone, and nobody is at the terminal to be asked: give --yes")
     click.confirm(question, abort=True, err=True)

@@ -493,6 +493,22 @@ class EncryptedStore:
             return [Problem(f"message {item.id}", str(error))]
         return []
 
+    async def unreadable(self, namespace: str, queue: str) -> builtins.list[tuple[str, MillpondError]]:
+        """The ids of the queue's records whose head or status does not open, live and dead, each with the reason."""
+        found: builtins.list[tuple[str, MillpondError]] = []
+        for box in Box:
+            after: int | None = 0
+            while after is not None:
+                page = await self.inner.list(namespace, queue, box, after=after or None, limit=BREATH)
+                for record in page.records:
+                    try:
+                        self._open_record(record)
+                    except MillpondError as error:
+                        found.append((record.item.id, error))
+                await asyncio.sleep(0)
+                after = page.next_after
+        return found
+
     async def discard_unreadable(self, namespace: str, queue: str, id: str) -> bool:
         """Remove a record whose head or status does not open, with all that belongs to it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -60,6 +61,8 @@ def open_database(
         raise StoreError(f"{path} is a directory; name a file")
     fork.check(path)
     opened: list[apsw.Connection | Bulk | Turnstile] = []
+    beside = f"{path}-millpond"
+    ours = os.path.isdir(beside) or not os.path.exists(path)
     try:
         feed, mode = _beside(path)
         lock = Turnstile(os.path.dirname(feed), mode)
@@ -93,6 +96,9 @@ def open_database(
     except BaseException as error:
         for each in reversed(opened):
             each.close()
+        if not ours and isinstance(error, StoreMismatch | apsw.NotADBError):
+            # Somebody else's file, named by mistake: nothing of ours stays beside it.
+            shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, apsw.NotADBError):
             raise StoreMismatch(f"{path} is not a Millpond store: it is not an SQLite database") from error
         if isinstance(error, apsw.Error | OSError):
