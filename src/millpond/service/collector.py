@@ -35,7 +35,8 @@ async def collect(service: QueueService) -> Collected:
     passed: set[str] = set()
     while True:
         now = service.clock.now_ms()
-        found = await service.store.expired(now, limit=BATCH + len(passed))
+        limit = BATCH + len(passed)
+        found = await service.store.expired(now, limit=limit)
         ops: list[Op] = []
         records = []
         for stored in found:
@@ -60,7 +61,9 @@ async def collect(service: QueueService) -> Collected:
             )
             records.append(record)
         if not ops:
-            break
+            if len(found) < limit:
+                break
+            continue  # Nothing on this page could be settled, but there may be others behind it.
         outcomes = await service.store.write(ops)
         settled = 0
         for record, outcome in zip(records, outcomes, strict=True):
