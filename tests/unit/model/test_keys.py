@@ -50,3 +50,11 @@ def test_other_layouts_are_none(other: str) -> None:
     assert keys.parse_state_lease_key(other) is None
     assert not keys.is_queue_message_key(other)
     assert not keys.is_queue_state_key(other)
+
+
+def test_a_state_key_may_have_one_part_before_it() -> None:
+    key = f"q/orders/state/{ID}"
+    for good in (key, f"/{key}", f"default/{key}", f"/default/{key}"):
+        assert keys.is_queue_state_key(good)
+    for bad in (f"a/b/{key}", f"//{key}", f"default//{key}", f"/a/b/{key}", f"{key}/x", f"default/{key}/"):
+        assert not keys.is_queue_state_key(bad)
