@@ -50,7 +50,7 @@ async def test_a_list_has_pages(bench: Bench) -> None:
         [one] = (await bench.service.list_messages(None, "q", limit=1)).records
         assert one.id == ids[0]
         for limit in (0, -1):
-            with pytest.raises(InvalidInput, match="limit must be at least 1"):
+            with pytest.raises(InvalidInput, match=r"limit must be .*at least"):
                 await bench.service.list_messages(None, "q", limit=limit)
 
 
@@ -357,7 +357,7 @@ async def test_a_policy_has_its_fields_and_their_types(bench: Bench) -> None:
         await bench.service.set_policy(None, "q", ttl=5.0)
         with pytest.raises(InvalidInput, match="a queue policy has no colour, size"):
             await bench.service.set_policy(None, "q", size=1, colour="red", ttl=6.0)
-        with pytest.raises(InvalidInput, match="wrong type"):
+        with pytest.raises(InvalidInput, match=r"wrong type|ttl must be"):
             await bench.service.set_policy(None, "q", ttl="long")
         assert (await bench.service.queue_policy(None, "q")).ttl == 5.0
 
