@@ -92,7 +92,10 @@ class Portal:
                     target=self._serve, args=(self._loop,), name="millpond portal", daemon=True
                 )
                 self._thread.start()
-            return asyncio.run_coroutine_threadsafe(call(), self._loop)
+            future = asyncio.run_coroutine_threadsafe(call(), self._loop)
+        # One that was cancelled before its first step has never looked at what it was to wait for.
+        future.add_done_callback(lambda _: _discard(awaitable))
+        return future
 
     def run(self, awaitable: Awaitable[Any]) -> Any:
         """Run on the loop and wait for the result. Raises what it raises, and StoreClosed when the loop ends first."""
@@ -133,7 +136,7 @@ class Portal:
 
 
 def _discard(awaitable: Awaitable[Any]) -> None:
-    if inspect.iscoroutine(awaitable):
+    if inspect.iscoroutine(awaitable) and inspect.getcoroutinestate(awaitable) == inspect.CORO_CREATED:
         awaitable.close()
 
 

@@ -638,3 +638,25 @@ class OneMessage(RuleBasedStateMachine):
 
 
 TestOneMessage = OneMessage.TestCase
+
+
+@pytest.mark.parametrize("state", [State.LEASED, State.LAPSED])
+def test_no_answer_counts_as_a_delivery(state: State) -> None:
+    """Said apart from the table, which could not contradict itself."""
+    before = example(state)
+    for after in (
+        lifecycle.nack(head(max_attempts=0), before, NOW, "lease-7", 7, delay=0),
+        lifecycle.defer(before, NOW, "lease-7", 7, delay=0),
+        lifecycle.extend(before, NOW, "lease-7", 7, extension=1),
+        lifecycle.bury(before, NOW, "why"),
+    ):
+        assert isinstance(after, Status)
+        assert (after.attempts, after.token) == (before.attempts, before.token)
+
+
+def test_verdicts_cannot_be_changed() -> None:
+    for verdict, field in ((Deliver(status()), "status"), (Bury(status()), "status"), (Wait(1), "due")):
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(verdict, field, None)
+    with pytest.raises(AttributeError, match="immutable"):
+        Discard("why").reason = "another"  # type: ignore[misc]

@@ -135,3 +135,26 @@ def test_ciphers_are_kept_but_not_without_bound() -> None:
     for number in range(100):
         sealer.seal(HEAD, "default", "orders", str(number), DATA)
     assert sealer.statistics()["ciphers_cached"] == 10
+
+
+def test_what_is_shorter_than_a_seal_is_called_cut_short(sealer: Envelope) -> None:
+    """Whatever the length of the key's id; only what could be whole is tried with a key."""
+    for keyring in (Keyring({"a": KEY}), Keyring({"a-much-longer-id": KEY})):
+        sealed = Envelope(keyring).seal(HEAD, *PLACE, b"")
+        (id,) = keyring.ids
+        assert len(sealed) == 4 + len(id) + 12 + 16
+        for end in range(2, len(sealed)):
+            with pytest.raises(Tampered, match=r"^is cut short$"):
+                Envelope.key_id(sealed[:end])
+        assert Envelope.key_id(sealed) == id
+
+
+def test_plain_records_are_told_from_rubbish() -> None:
+    """A head or status is a MessagePack array of any length; nothing else is taken for one."""
+    for first in range(256):
+        data = bytes([first]) + b"x" * 40
+        arrays = {*(len_ + 0x90 for len_ in range(16)), 0xDC, 0xDD}
+        assert envelope.looks_plain(data) is (first in arrays)
+    assert not envelope.looks_plain(b"")
+    for count in (0, 1, 15, 16, 70_000):
+        assert envelope.looks_plain(msgspec.msgpack.encode([0] * count))

@@ -157,3 +157,14 @@ def test_memory_does_not_grow_with_the_payload() -> None:
         tracemalloc.stop()
     assert opened >= 62 * CHUNK_BYTES
     assert peak < 12 * CHUNK_BYTES
+
+
+def test_figures_of_the_format() -> None:
+    """What is stored today must be readable tomorrow."""
+    assert (HEADER_BYTES, CHUNK_BYTES, TAG_BYTES) == (39, 262_144, 16)
+
+
+@pytest.mark.parametrize("number", [0, 1, 255, 256, 0x01020304, 2**32 - 1])
+def test_the_generation_is_four_bytes(number: int) -> None:
+    header = b"\xc1S\x01" + number.to_bytes(4) + bytes(32)
+    assert stream.generation(header, *PLACE) == number

@@ -68,3 +68,10 @@ def test_the_index_hides_keys_and_keeps_them_apart() -> None:
         index.hash("group", "default", "orders", ""),
     }
     assert len(others | {first}) == 8
+
+
+def test_keys_are_of_256_bits_and_cannot_be_changed() -> None:
+    vault = Vault.new().next_generation()
+    assert [len(key) for key in (vault.index_key, *vault.stream_keys)] == [32, 32, 32]
+    with pytest.raises(AttributeError, match="immutable"):
+        vault.index_key = b""  # type: ignore[misc]

@@ -137,3 +137,20 @@ def test_bytes_from_anywhere_raise_nothing_else(data: bytes) -> None:
         except (StoreCorrupt, StoreMismatch, UnknownKey) as error:
             result = str(error)
         assert isinstance(result, kind) or "m-1" in result
+
+
+def test_the_formats_are_as_written_down() -> None:
+    """Arrays that begin with the format; a field that is moved or named would make what is stored unreadable."""
+    assert msgspec.msgpack.decode(encode(HEAD)) == [
+        1, "0197a3c2-1111-7abc-8def-0123456789ab", "default", "q", 1_750_000_000_000, 5, 3, 30_000, 60_000,
+        "dedup", "ordering", {"a": [1, None, "ü"]}, "correlation", "text/plain", 12, False,
+    ]  # fmt: skip
+    assert msgspec.msgpack.decode(encode(STATUS)) == [
+        1, 1, 2, 3, 4, 5, 6, ["id", 5, 2, "owner", "txn"], {"error": "boom"}, ["why", 9],
+    ]  # fmt: skip
+
+
+def test_records_cannot_be_changed() -> None:
+    for record, field in ((HEAD, "id"), (STATUS, "token"), (STATUS.lease, "id"), (STATUS.dead, "reason")):
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(record, field, None)

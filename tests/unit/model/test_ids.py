@@ -109,3 +109,28 @@ def test_below_stays_below() -> None:
     seen = {source.below(7) for _ in range(1000)}
     assert seen == set(range(7))
     assert {source.below(1) for _ in range(10)} == {0}
+
+
+def counter(id: str) -> int:
+    """The 74 bits of a UUIDv7 that are neither time nor version nor variant."""
+    number = uuid.UUID(id).int
+    return (number >> 64 & 0xFFF) << 62 | number & (1 << 62) - 1
+
+
+def test_the_counter_starts_in_its_lower_half_and_rises_by_chance() -> None:
+    """RFC 9562, 6.2: the first bit is 0 at the start, so that there is room to count."""
+    zeros = IdSource(ManualClock(), constant(0))
+    assert [counter(zeros.message_id()) for _ in range(4)] == [0, 1, 2, 3]
+    ones = IdSource(ManualClock(), constant(0xFF))
+    start = (2**25 - 1) << 48 | 2**47 - 1
+    step = 2**32
+    assert [counter(ones.message_id()) for _ in range(3)] == [start, start + step, start + 2 * step]
+
+
+def test_the_counters_lower_part_runs_over_into_the_upper() -> None:
+    source = IdSource(ManualClock(), constant(0xFF))
+    ids = [source.message_id() for _ in range(2**15 + 2)]
+    assert ids == sorted(set(ids))
+    over = [counter(id) >> 48 for id in ids]
+    assert (over[0], over[2**15 - 1], over[2**15], over[-1]) == (2**25 - 1, 2**25 - 1, 2**25 - 1, 2**25)
+    assert counter(ids[-1]) & 2**48 - 1 == 2**47 - 1, "seeded anew, with the first bit 0"

@@ -68,3 +68,11 @@ def test_other_layouts_are_none(other: str) -> None:
 )
 def test_which_keys_are_those_of_a_state(key: str, expected: bool) -> None:
     assert keys.is_queue_state_key(key) is expected
+
+
+def test_a_state_key_may_have_one_part_before_it() -> None:
+    key = f"q/orders/state/{ID}"
+    for good in (key, f"/{key}", f"default/{key}", f"/default/{key}"):
+        assert keys.is_queue_state_key(good)
+    for bad in (f"a/b/{key}", f"//{key}", f"default//{key}", f"/a/b/{key}", f"{key}/x", f"default/{key}/"):
+        assert not keys.is_queue_state_key(bad)

@@ -489,3 +489,67 @@ def test_a_consumer_at_work_notices_nothing() -> None:
         assert await worker.write([Remove(of, mark)]) == [Removed()]
 
     run(scenario())
+
+
+def test_a_part_alone_that_is_under_the_old_key_is_found() -> None:
+    """As a process with the keyring of before writes it: the head is renewed already, status or state are not."""
+
+    async def scenario() -> None:
+        inner = memory()
+        store, behind = await opened(inner, BOTH), await opened(beside(inner), Keyring({"b": B, "a": A}))
+        first, mark = await add(store, item(1))
+        await behind.write([Update(first, mark, 5, True, None, Box.LIVE, STATUS)])
+        second, mark = await add(store, item(2))
+        await behind.write([PutState(second, mark, None, b"state")])
+        await add(store, item(3))
+        assert keys_in_use(inner) == {"a", "b"}
+        assert await rekey(store) == 2
+        assert keys_in_use(inner) == {"b"}
+        reader = await opened(beside(inner), NEW)
+        assert await reader.verify() == []
+        state = await reader.state(second)
+        assert state is not None
+        assert state.data == b"state"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("accept_plain", [False, True])
+def test_sealed_messages_with_payloads_apart_are_renewed_whatever_else_is_accepted(accept_plain: bool) -> None:
+    async def scenario() -> None:
+        inner = memory()
+        old = await opened(inner, OLD)
+        await old.write_blob("default", "orders", item(7).id, large(), 0)
+        await add(old, item(7, external=True))
+        store = await opened(beside(inner), BOTH, accept_plain=accept_plain)
+        assert await rekey(store) == 1
+        assert keys_in_use(inner) == {"b"}
+        reader = await opened(beside(inner), NEW)
+        record = await reader.get("default", "orders", item(7).id)
+        assert record is not None
+        assert await collect(reader.read_blob(record.item)) == LARGE
+
+    run(scenario())
+
+
+def test_what_was_left_plain_is_told_of_once_and_not_when_it_has_gone(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        inner = memory()
+        await inner.write_blob("default", "orders", item(7).id, large(), 0)
+        plain, _ = await add(inner, item(7, external=True))
+        await add(inner, item(1))
+        store = await opened(beside(inner), NEW, accept_plain=True)
+
+        written: list[int] = []
+
+        def progress(count: int) -> None:
+            # The first pass has seen the plain message; it is gone when the second one looks.
+            written.append(count)
+            orders = inner._data.queues[QueueName("default", "orders")]
+            orders.discard(orders.by_key[plain.key])
+
+        assert await rekey(store, progress=progress, encrypt_plain=True) == 1
+        assert written == [1]
+        assert "millpond.crypto.plain_left" not in caplog.text
+
+    run(scenario())

@@ -283,6 +283,15 @@ async def sweep_collects_orphans_by_age(harness: Harness) -> None:
 
 
 @check
+async def sweep_takes_what_is_older_than_its_age(harness: Harness) -> None:
+    """Older, not as old: an upload may take the whole of its time."""
+    async with opened(harness) as store:
+        await _blob(store, 1, b"data", now=NOW - 1000)
+        same(await store.sweep(NOW, older_than=1000, limit=100), 0, "at that very age")
+        same(await store.sweep(NOW + 1, older_than=1000, limit=100), 1, "a millisecond later")
+
+
+@check
 async def sweep_respects_its_limit(harness: Harness) -> None:
     """A sweep does a bounded piece of work; repeated ones get it all."""
     async with opened(harness) as store:

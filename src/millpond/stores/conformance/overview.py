@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from millpond.stores.base import Box, Counts, QueueName, Reach, Store, Stored, Unique
+from millpond.stores.base import Box, Cause, Counts, QueueName, Reach, Store, Stored, Unique
 from millpond.stores.conformance.harness import (
     NOW,
     Harness,
@@ -20,6 +20,7 @@ from millpond.stores.conformance.harness import (
     put,
     put_one,
     read,
+    refused,
     removal,
     same,
     take,
@@ -216,6 +217,28 @@ async def sweep_forgets_ended_unique_keys(harness: Harness) -> None:
         outcomes = await store.write([insertion(9, unique=Unique("c", NOW + 50, NOW + 150))])
         holds(type(outcomes[0]).__name__ == "Conflict", "a key in force refuses after a sweep")
         same(await due(store), [1, 2, 3], "records do not go with their keys")
+
+
+@check
+async def unique_keys_outlive_their_messages(harness: Harness) -> None:
+    """A key is in force until its window is over, also when nothing is left in its queue, and after a sweep."""
+    async with opened(harness) as store:
+        await drop(store, await put_one(store, insertion(1, unique=Unique("a", NOW, NOW + 10))))
+        same(await store.sweep(NOW + 9, older_than=0, limit=100), 0, "while the key is in force")
+        again = insertion(2, unique=Unique("a", NOW + 9, NOW + 20))
+        conflict = await refused(store, again, Cause.UNIQUE, "the same key within its window")
+        same(conflict.id, insertion(1).item.id, "who had it first")
+        await put_one(store, insertion(3, unique=Unique("a", NOW + 10, NOW + 20)))
+
+
+@check
+async def the_oldest_is_due_to_the_millisecond(harness: Harness) -> None:
+    """A record that becomes due now is ready, and the oldest if there is no other."""
+    async with opened(harness) as store:
+        await put_one(store, insertion(1))
+        for now, expected in ((NOW - 1, (0, 1, None)), (NOW, (1, 0, NOW)), (NOW + 1, (1, 0, NOW))):
+            found = await store.counts("default", "q", now)
+            same((found.ready, found.delayed, found.oldest_due), expected, "ready, delayed, oldest")
 
 
 @check

@@ -569,3 +569,16 @@ async def reseal_changes_bytes_alone(harness: Harness) -> None:
         await refused(store, wrong, Cause.STATE, "a reseal with another state ETag")
         same((await read(store, held.item, payload=True)), record, "the record after a refused reseal")
         kind(await one(store, Remove(record.item, record.mark)), Removed, "the holder's ack")
+
+
+@check
+async def reseal_brings_no_state_back(harness: Harness) -> None:
+    """A state that was deleted stays so, whatever ETag the reseal believes it to have."""
+    async with opened(harness) as store:
+        held = await take(store, await put_one(store, insertion(1)), NOW + 50)
+        etag = kind(await one(store, PutState(held.item, held.mark, None, b"state")), StateWritten, "state").etag
+        kind(await one(store, DropState(held.item, held.mark, etag)), StateWritten, "the delete")
+        for guess in (etag, "0", "1", "2", "3", ""):
+            op = Reseal(held.item, held.mark, b"h", b"s", None, Document(b"back", guess))
+            await refused(store, op, Cause.STATE, f"a reseal of a state that is gone, by ETag {guess!r}")
+        same(await store.state(held.item), None, "the state")
