@@ -156,7 +156,31 @@ class Consuming(Producing):
 
     async def ack_many(self, deliveries: Sequence[Delivery]) -> list[MillpondError | None]:
         """Ack each on its own, in shared writes; what was refused is in the delivery's place."""
-        return await self._answer_many(deliveries, self._ack_plan)
+        ops: list[Op] = []
+        try:
+            for delivery in deliveries:
+                record = delivery.record
+                if record is None:
+                    return await self._answer_many(deliveries, self._ack_plan)
+                lifecycle.ack(record.status, delivery.lease_id, delivery.token)
+                ops.append(Remove(record.item, record.mark))
+        except LeaseLost:
+            return await self._answer_many(deliveries, self._ack_plan)
+        # The common case without the detours: all records are as this holder last saw them.
+        outcomes = await self.write(ops) if ops else []
+        refused: list[int] = []
+        for index, (delivery, outcome) in enumerate(zip(deliveries, outcomes, strict=True)):
+            record, delivery.record = delivery.record, None
+            if outcome.__class__ is Conflict or record is None:
+                refused.append(index)
+            else:
+                self.gone(record.item)
+        results: list[MillpondError | None] = [None] * len(deliveries)
+        if refused:
+            again = await self._answer_many([deliveries[index] for index in refused], self._ack_plan)
+            for index, error in zip(refused, again, strict=True):
+                results[index] = error
+        return results
 
     async def _hand_off(self, delivery: Delivery, then: Sequence[HandOff]) -> list[Enqueued]:
         if not self.store.capabilities.atomic_groups:
@@ -176,7 +200,11 @@ class Consuming(Producing):
             if isinstance(outcomes[0], Removed):
                 plan.done(outcomes[0])
                 results = dict(zip(indexes, outcomes[1:], strict=True)) | duplicates
-                return [self._enqueued(draft, results[index]) for index, draft in enumerate(drafts)]
+                done = [self._enqueued(draft, results[index]) for index, draft in enumerate(drafts)]
+                for one in done:
+                    if one.record is not None:
+                        self.changed(one.record, inserted=True)
+                return done
             for index, outcome in zip(indexes, outcomes[1:], strict=True):
                 # A message that is there already needs no second enqueue; the others and the ack are tried again.
                 if isinstance(outcome, Conflict) and outcome.cause.value in ("unique", "exists"):

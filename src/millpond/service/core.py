@@ -179,6 +179,23 @@ class Core:
         else:
             self.on_ready(item.namespace, item.queue)
 
+    def changed_many(self, key: QueueKey, records: Sequence[Record], *, inserted: bool = False) -> None:
+        """As `changed`, for records of one queue that were written together."""
+        if not records:
+            return
+        now = self.clock.now_ms()
+        cache = self._caches.get(key)
+        if cache is not None:
+            if not cache.asleep:
+                for record in records:
+                    cache.offer(record, now, inserted=inserted)
+            cache.dry = False
+        first = min(record.mark.due for record in records)
+        if first > now:
+            self.on_due(*key, first)
+        else:
+            self.on_ready(*key)
+
     def gone(self, item: Item) -> None:
         """The message left the queue; the next of its group may go now."""
         cache = self._caches.get((item.namespace, item.queue))

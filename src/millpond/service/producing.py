@@ -11,7 +11,7 @@ from millpond import lifecycle
 from millpond.errors import InvalidInput, StoreError, TooLarge
 from millpond.model import codec, names
 from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, PRIORITIES, Head, Status
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, milliseconds, short_text
+from millpond.service.config import DEFAULT_OPTIONS, MAX_ATTEMPTS, EnqueueOptions, milliseconds, short_text
 from millpond.service.core import Core, Defaults, QueueKey
 from millpond.service.payloads import Payload, Streamed, prepare
 from millpond.service.ready import Record
@@ -36,6 +36,14 @@ class _Draft(NamedTuple):
     payload: bytes | None
 
 
+class _Stamp(NamedTuple):
+    """A new message's status, and the time it was made."""
+
+    now: int
+    status: Status
+    encoded: bytes
+
+
 class Producing(Core):
     """The producers' half of the service."""
 
@@ -50,11 +58,14 @@ class Producing(Core):
         key = self.key(namespace, queue)
         defaults = self.defaults_at_hand(key) or await self.defaults(key)
         if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
-            draft = self._build(key, defaults, source, len(source), False, options, None)
+            draft = self._plain(key, defaults, self._stamp(0, defaults.ttl), source)
         else:
             draft = await self._draft(key, defaults, source, options)
         outcomes = await self.write((draft.op,))
-        return self._enqueued(draft, outcomes[0])
+        done = self._enqueued(draft, outcomes[0])
+        if done.record is not None:
+            self.changed(done.record, inserted=True)
+        return done
 
     async def enqueue_many(
         self, namespace: str | None, queue: str, sources: Sequence[Any], options: EnqueueOptions = DEFAULT_OPTIONS
@@ -63,14 +74,17 @@ class Producing(Core):
         key = self.key(namespace, queue)
         defaults = self.defaults_at_hand(key) or await self.defaults(key)
         limit = self.inline_limit
+        stamp = self._stamp(0, defaults.ttl)
         drafts = [
-            self._build(key, defaults, source, len(source), False, options, None)
-            if source.__class__ is bytes and len(source) <= limit
+            self._plain(key, defaults, stamp, source)
+            if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= limit
             else await self._draft(key, defaults, source, options)
             for source in sources
         ]
         outcomes = await self.write([draft.op for draft in drafts])
-        return [self._enqueued(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
+        done = [self._enqueued(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
+        self.changed_many(key, [one.record for one in done if one.record is not None], inserted=True)
+        return done
 
     async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
         if source.__class__ is Payload:
@@ -116,8 +130,10 @@ class Producing(Core):
             priority = options.priority
             if priority.__class__ is not int or priority not in PRIORITIES:
                 raise InvalidInput(f"priority must be a whole number from 0 to 9, not {priority!r}")
-            if max_attempts.__class__ is not int or not 0 <= max_attempts <= 1_000_000:
-                raise InvalidInput("max_attempts must be a whole number from 1 to 1,000,000 (0 means without limit)")
+            if max_attempts.__class__ is not int or not 0 <= max_attempts <= MAX_ATTEMPTS:
+                raise InvalidInput(
+                    f"max_attempts must be a whole number from 1 to {MAX_ATTEMPTS:,} (0 means without limit)"
+                )
             dedup_key = short_text(options.dedup_key, "dedup_key")
             ordering_key = short_text(options.ordering_key, "ordering_key")
             content_type = short_text(options.content_type, "content_type")
@@ -127,13 +143,13 @@ class Producing(Core):
                 id = names.message_id(options.message_id)
         if id is None:
             id = self.ids.message_id()
-        now = self.clock.now_ms()
+        stamp = self._stamp(delay, ttl)
         head = Head(
             HEAD_FORMAT,
             id,
             key[0],
             key[1],
-            now,
+            stamp.now,
             priority,
             max_attempts,
             visibility,
@@ -146,19 +162,51 @@ class Producing(Core):
             size,
             external,
         )
-        status = lifecycle.new_status(now, delay, ttl)
         unique = None
         if dedup_key is not None:
             window = defaults.dedup_window
             if options.dedup_window is not None:
                 window = milliseconds(options.dedup_window, "dedup_window", positive=True)
-            unique = Unique(dedup_key, now, now + window)
+            unique = Unique(dedup_key, stamp.now, stamp.now + window)
+        return self._finish(stamp, head, data, unique)
+
+    def _stamp(self, delay: int, ttl: int | None) -> _Stamp:
+        """What messages that are enqueued now, with this delay and time to live, begin with."""
+        now = self.clock.now_ms()
+        status = lifecycle.new_status(now, delay, ttl)
+        return _Stamp(now, status, codec.encode(status))
+
+    def _plain(self, key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes) -> _Draft:
+        """As `_build`, for a small payload without options: the common case without the detours."""
+        head = Head(
+            HEAD_FORMAT,
+            self.ids.message_id(),
+            key[0],
+            key[1],
+            stamp.now,
+            DEFAULT_PRIORITY,
+            defaults.max_attempts,
+            defaults.visibility,
+            defaults.ttl,
+            None,
+            None,
+            None,
+            None,
+            None,
+            len(data),
+            False,
+        )
+        return self._finish(stamp, head, data, None)
+
+    @staticmethod
+    def _finish(stamp: _Stamp, head: Head, data: bytes, unique: Unique | None) -> _Draft:
+        status, external = stamp.status, head.external
         op = Insert(
-            Item(key[0], key[1], id, priority, ordering_key, size, external),
+            Item(head.namespace, head.queue, head.id, head.priority, head.ordering_key, head.payload_size, external),
             status.visible_at,
             status.expires_at,
             codec.encode(head),
-            codec.encode(status),
+            stamp.encoded,
             data,
             unique,
         )
@@ -183,7 +231,6 @@ class Producing(Core):
         if outcome.__class__ is Inserted:
             assert isinstance(outcome, Inserted)
             record = Record(outcome.item, outcome.mark, draft.head, draft.status, draft.payload)
-            self.changed(record, inserted=True)
             return Enqueued(outcome.item.id, False, record)
         if isinstance(outcome, Conflict) and outcome.cause in (Cause.UNIQUE, Cause.EXISTS):
             return Enqueued(outcome.id or draft.op.item.id, True, None)

@@ -117,7 +117,10 @@ class Applier:
         """Queues in which somebody may want to look after this transaction."""
         self.doomed = False
         """This transaction left chunks behind that are to be deleted in slices."""
-        self._others: dict[type, Callable[[Any], Outcome]] = {
+        self._appliers: dict[type, Callable[[Any], Outcome]] = {
+            Insert: self._insert,
+            Update: self._update,
+            Remove: self._remove,
             PutState: self._put_state,
             DropState: self._drop_state,
             PutDocument: self._put_document,
@@ -161,7 +164,8 @@ class Applier:
 
     def write(self, ops: Sequence[Op]) -> list[Outcome]:
         """Apply each op on its own. After an exception the transaction has to be rolled back."""
-        return [self._apply(op) for op in ops]
+        appliers = self._appliers
+        return [appliers[op.__class__](op) for op in ops]
 
     def commit(self, ops: Sequence[Op]) -> list[Outcome]:
         """Apply all ops or none. After an exception the transaction has to be rolled back."""
@@ -172,7 +176,7 @@ class Applier:
         self._run("SAVEPOINT atomic")
         outcomes: list[Outcome] = []
         for op in ops:
-            outcome = self._apply(op)
+            outcome = self._appliers[op.__class__](op)
             if type(outcome) is Conflict:
                 self._run("ROLLBACK TO atomic")
                 self._run("RELEASE atomic")
@@ -214,22 +218,13 @@ class Applier:
             decided = decide(stored(namespace, name, row, row[13]))
             if decided is None:
                 continue
-            outcome = self._apply(decided[0])
+            op = decided[0]
+            outcome = self._appliers[op.__class__](op)
             if outcome.__class__ is not Conflict:
                 taken.append((decided[1], cast(Updated | Removed, outcome)))
                 left -= 1
         self.wanted[key] = wanted - limit
         return taken
-
-    def _apply(self, op: Op) -> Outcome:
-        kind = type(op)
-        if kind is Update:
-            return self._update(cast(Update, op))
-        if kind is Insert:
-            return self._insert(cast(Insert, op))
-        if kind is Remove:
-            return self._remove(cast(Remove, op))
-        return self._others[kind](op)
 
     def _flush_bodies(self) -> None:
         if self._bodies:
