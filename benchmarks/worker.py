@@ -86,13 +86,14 @@ async def lifecycles(url: str, mode: str, count: int, callers: int) -> dict[str,
 
 async def receive(url: str, name: str, count: int) -> dict[str, object]:
     """Wait for messages whose payload is the time of their enqueue; the latencies, and the CPU of an idle second."""
-    latencies = []
+    latencies, received = [], []
     async with millpond.connect(url) as pond:
         queue = pond.queue(name)
         print("ready", flush=True)
         while len(latencies) < count:
             for message in await queue.receive(1, wait=10.0):
-                latencies.append((time.time() - float(message.payload)) * 1e3)
+                received.append(time.time())
+                latencies.append((received[-1] - float(message.payload)) * 1e3)
                 await message.ack()
         idle_cpu, idle = time.process_time(), time.perf_counter()
         await queue.receive(1, wait=5.0)
@@ -101,6 +102,7 @@ async def receive(url: str, name: str, count: int) -> dict[str, object]:
     return {
         "p50_ms": latencies[len(latencies) // 2],
         "p95_ms": latencies[int(len(latencies) * 0.95)],
+        "received_at": received,
         "idle_cpu_percent": idle_cpu / idle * 100,
         "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
