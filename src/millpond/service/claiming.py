@@ -185,8 +185,12 @@ class Claiming(Consuming):
         deliveries: list[Delivery],
     ) -> None:
         """First what the dispatcher found for this consumer."""
-        await self._lease(cache, candidates[:limit], grant, deliveries)
         self.give_back(candidates[limit:])
+        try:
+            await self._lease(cache, candidates[:limit], grant, deliveries)
+        except StoreError:
+            self.give_back(candidates)
+            raise
         if cache.asleep or len(cache) or cache.more:
             if len(deliveries) < limit:
                 await self._take(key, cache, limit, grant, deliveries)

@@ -20,7 +20,7 @@ from millpond.service.config import Config
 from millpond.service.consuming import Delivery
 from millpond.service.ready import Record
 from millpond.service.service import QueueService
-from millpond.stores.faulty import Call, Fault, Gate, fail_before, hold, nth
+from millpond.stores.faulty import Call, Fault, FaultyStore, Gate, fail_before, hold, nth
 from millpond.stores.memory import MemoryStore
 from millpond.testing import TestPond
 
@@ -445,3 +445,17 @@ async def test_caches_of_queues_long_unused_make_room(monkeypatch: pytest.Monkey
                 pond.service.give_back([candidate])
                 assert len(pond.service._caches) <= 3
                 assert len(pond.service._policies) <= 3
+
+
+async def test_candidates_whose_claim_fails_are_at_hand_again() -> None:
+    """A store that fails once must not hide the candidate from those who wait until its mark runs out."""
+    clock = ManualClock()
+    store = FaultyStore(MemoryStore(clock=clock))
+    async with millpond.testing.pond(store=store, clock=clock) as pond:
+        receipt = await pond.queue("q").enqueue(b"x")
+        [candidate] = await pond.service.next_candidates(None, "q", 1)
+        store.plan = nth(1, "write", fail_before())
+        with pytest.raises(StoreError):
+            await pond.service.claim(None, "q", candidates=(candidate,))
+        [again] = await pond.service.next_candidates(None, "q", 1)
+        assert again.id == receipt.message_id
