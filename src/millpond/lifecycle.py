@@ -123,7 +123,8 @@ class NotPossible(Exception):
 # Looking a member up in its class costs as much as making a Status (Python 3.11), so the hot functions use these.
 _LEASED, _LAPSED, _DELAYED, _READY, _DEAD = State.LEASED, State.LAPSED, State.DELAYED, State.READY, State.DEAD
 _GRANT, _CLEAR = LeaseRule.GRANT, LeaseRule.CLEAR
-_DELIVER = {state: change for (state, event), change in TABLE.items() if event is Event.DELIVER}
+# An enum member's hash is computed in Python, too.
+_DELIVER_READY, _DELIVER_LAPSED = TABLE[State.READY, Event.DELIVER], TABLE[State.LAPSED, Event.DELIVER]
 
 
 def state_of(status: Status, now: int) -> State:
@@ -249,9 +250,9 @@ def deliver(
     state = state_of(status, now)
     if state is _LEASED or state is _DELAYED:
         return Wait(status.visible_at)
-    change = _DELIVER.get(state)
-    if change is None:
+    if state is _DEAD:
         raise NotPossible(state, Event.DELIVER)
+    change = _DELIVER_READY if state is _READY else _DELIVER_LAPSED
     if expired(status, now):
         return _give_up(Event.EXPIRE, status, now, REASON_EXPIRED, bury_expired)
     if head.max_attempts and status.failures + change.failures >= head.max_attempts:
@@ -278,7 +279,9 @@ def check_lease(status: Status | None, lease_id: str, token: int) -> Lease:
 
 def ack(status: Status | None, lease_id: str, token: int) -> None:
     """The holder is done. Raises LeaseLost; otherwise record, payload and state may go."""
-    check_lease(status, lease_id, token)
+    lease = None if status is None else status.lease
+    if lease is None or lease.token != token or lease.id != lease_id:
+        check_lease(status, lease_id, token)
 
 
 def nack(

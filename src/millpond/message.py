@@ -83,13 +83,11 @@ class MessageState:
 class Message:
     """A message that this consumer holds until its lease ends. Answer with ack, nack, defer or bury."""
 
-    __slots__ = ("_delivery", "_lease_cache", "_record", "_service")
+    __slots__ = ("_delivery", "_service")
 
     def __init__(self, service: QueueService, delivery: Delivery) -> None:
         self._service = service
         self._delivery = delivery
-        self._record = delivery.record
-        self._lease_cache: Lease | None = None
 
     # What it is
 
@@ -112,15 +110,16 @@ class Message:
     def lease(self) -> Lease:
         """The lease, with the end that the last extension gave it."""
         delivery = self._delivery
-        record = delivery.record or self._record
+        record = delivery.record or delivery.given
         if record is not None and record.status.lease is not None:
             return _lease(record.status.lease)
         return Lease(delivery.lease_id, delivery.token)
 
     def _known(self) -> Record:
-        if self._record is None:
+        record = self._delivery.given
+        if record is None:
             raise PayloadNotLoaded("this handle was made from ids alone; read the message with queue.get(id)")
-        return self._record
+        return record
 
     @property
     def payload(self) -> bytes:

@@ -12,19 +12,12 @@ from millpond.model.message import DEFAULT_PRIORITY
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
 from millpond.service.consuming import Delivery
 from millpond.service.dispatcher import Dispatcher
+from millpond.service.producing import Receipt
 from millpond.service.service import QueueService
 from millpond.stores.base import Box
 
 CHUNK = 500
 """Messages of one `enqueue_many` written together: bounded memory for any iterable, and a shared commit."""
-
-
-class Receipt(NamedTuple):
-    """What an enqueue is answered with."""
-
-    message_id: str
-    duplicate: bool
-    """The message was there already (same dedup key or id); nothing was added."""
 
 
 class Answer(NamedTuple):
@@ -155,8 +148,7 @@ class Queue:
                 correlation_id=correlation_id,
                 message_id=message_id,
             )
-        done = await self._service.enqueue(self.namespace, self.name, payload, options)
-        return Receipt(done.message_id, done.duplicate)
+        return await self._service.enqueue(self.namespace, self.name, payload, options)
 
     async def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> list[Receipt]:
         """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
@@ -175,8 +167,7 @@ class Queue:
         chunk: list[Any] = []
 
         async def flush() -> None:
-            done = await self._service.enqueue_many(self.namespace, self.name, chunk, parsed)
-            receipts.extend([Receipt(one.message_id, one.duplicate) for one in done])
+            receipts.extend(await self._service.enqueue_many(self.namespace, self.name, chunk, parsed))
             chunk.clear()
 
         if isinstance(payloads, AsyncIterable):
@@ -323,7 +314,8 @@ def _deliveries(messages: Iterable[Message]) -> list[Delivery]:
 
 
 def _answers(deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> list[Answer]:
-    return [Answer(delivery.id, error) for delivery, error in zip(deliveries, errors, strict=True)]
+    # What Answer() does by way of a Python function; this is paid per message.
+    return [tuple.__new__(Answer, (delivery.id, error)) for delivery, error in zip(deliveries, errors, strict=True)]
 
 
 __all__ = ["Answer", "DeadLetters", "Lease", "Queue", "QueueCounts", "Receipt"]

@@ -297,8 +297,9 @@ class Claiming(Consuming):
             bury_exhausted=bury_exhausted,
             bury_expired=bury_expired,
         )
-        if isinstance(verdict, lifecycle.Deliver):
-            return self.update(record, verdict.status, want_payload=record.payload is None), verdict
+        if verdict.__class__ is lifecycle.Deliver:
+            assert isinstance(verdict, lifecycle.Deliver)
+            return self.update(record, verdict.status, record.payload is None), verdict
         if isinstance(verdict, lifecycle.Wait):
             return None
         if isinstance(verdict, lifecycle.Bury):
@@ -312,14 +313,15 @@ class Claiming(Consuming):
         item, lease = record.item, status.lease
         assert lease is not None
         leased = Record(item, mark, record.head, status)
-        delivery = Delivery(item.namespace, item.queue, item.id, lease.id, lease.token, leased)
-        if not item.external:
-            delivery.payload = payload if record.payload is None else record.payload
-        deliveries.append(delivery)
+        if item.external:
+            payload = None
+        elif record.payload is not None:
+            payload = record.payload
+        deliveries.append(Delivery(item.namespace, item.queue, item.id, lease.id, lease.token, leased, payload, leased))
 
     def _arm(self, key: QueueKey, cache: ReadyCache, deliveries: Sequence[Delivery]) -> None:
         """The first of these leases to end is the next time to look."""
-        due = min(delivery.record.mark.due for delivery in deliveries if delivery.record is not None)
+        due = min([delivery.record.mark.due for delivery in deliveries if delivery.record is not None])
         cache.arm(due)
         self.on_due(*key, due)
 

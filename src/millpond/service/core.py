@@ -9,13 +9,14 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from millpond.errors import MillpondError, StateConflict
-from millpond.model import codec, names
+from millpond.model import names
 from millpond.model.clock import Clock
+from millpond.model.codec import decode_head, decode_status, encode
 from millpond.model.ids import IdSource
 from millpond.model.message import Status
 from millpond.service.config import Config, QueuePolicy, decode_policy, encode_policy, milliseconds
@@ -82,6 +83,9 @@ class Core:
         self._policies: OrderedDict[QueueKey, _Policy] = OrderedDict()
         self._refills: dict[QueueKey, asyncio.Future[bool]] = {}
         """Reads under way; True when done, False when given up."""
+        self._status_data = b""
+        self._status: Status | None = None
+        """The status decoded last, and its bytes."""
         self.tasks: set[asyncio.Task[None]] = set()
 
     # Records
@@ -89,9 +93,15 @@ class Core:
     def record(self, stored: Stored) -> Record:
         """Decode a stored record. Raises StoreCorrupt, StoreMismatch."""
         item = stored.item
-        name = f"{item.id} in {item.namespace}/{item.queue}"
-        head = codec.decode_head(stored.head, name)
-        return Record(item, stored.mark, head, codec.decode_status(stored.status, name), stored.payload)
+        head = decode_head(stored.head, item.id, item.namespace, item.queue)
+        data = stored.status
+        # Messages that were enqueued together differ in nothing here.
+        status = self._status if data == self._status_data else None
+        if status is None:
+            status = decode_status(data, item.id, item.namespace, item.queue)
+            if status.last_error is None:  # a value that a consumer could change is nobody else's
+                self._status_data, self._status = data, status
+        return Record(item, stored.mark, head, status, stored.payload)
 
     async def load(self, namespace: str, queue: str, id: str) -> Record | None:
         """The record as it is in the store now."""
@@ -99,7 +109,7 @@ class Core:
         return None if stored is None else self.record(stored)
 
     @staticmethod
-    def update(record: Record, status: Status, *, want_payload: bool = False) -> Update:
+    def update(record: Record, status: Status, want_payload: bool = False) -> Update:
         """The write that takes the record to ``status``."""
         return Update(
             record.item,
@@ -108,7 +118,7 @@ class Core:
             status.lease is not None,
             status.expires_at,
             _LIVE if status.dead is None else _DEAD,
-            codec.encode(status),
+            encode(status),
             want_payload,
         )
 
@@ -168,44 +178,48 @@ class Core:
     def changed(self, record: Record, *, inserted: bool = False) -> None:
         """This process has just written ``record`` as not held: it can be handed out now or later."""
         item = record.item
-        now = self.clock.now_ms()
-        cache = self._caches.get((item.namespace, item.queue))
-        if cache is not None:
-            if not cache.asleep:
-                cache.offer(record, now, inserted=inserted)
-            cache.dry = False
-        if record.mark.due > now:
-            self.on_due(item.namespace, item.queue, record.mark.due)
-        else:
-            self.on_ready(item.namespace, item.queue)
+        self.changed_many((item.namespace, item.queue), (record,), inserted=inserted)
 
     def changed_many(self, key: QueueKey, records: Sequence[Record], *, inserted: bool = False) -> None:
         """As `changed`, for records of one queue that were written together."""
         if not records:
             return
-        now = self.clock.now_ms()
+        cache = self._caches.get(key)
+        if cache is not None and not cache.asleep:
+            now = self.clock.now_ms()
+            for record in records:
+                cache.offer(record, now, inserted=inserted)
+        self.appeared(key, min([record.mark.due for record in records]))
+
+    def appeared(self, key: QueueKey, due: int) -> None:
+        """There is something to hand out in the queue now or, at the earliest, at ``due``."""
         cache = self._caches.get(key)
         if cache is not None:
-            if not cache.asleep:
-                for record in records:
-                    cache.offer(record, now, inserted=inserted)
             cache.dry = False
-        first = min(record.mark.due for record in records)
-        if first > now:
-            self.on_due(*key, first)
+        if due > self.clock.now_ms():
+            self.on_due(*key, due)
         else:
             self.on_ready(*key)
 
     def gone(self, item: Item) -> None:
         """The message left the queue; the next of its group may go now."""
-        cache = self._caches.get((item.namespace, item.queue))
-        if cache is not None:
-            cache.forget(item.id)
+        self.gone_many((item,))
+
+    def gone_many(self, items: Iterable[Item]) -> None:
+        """As `gone`, for each."""
+        cache: ReadyCache | None = None
+        namespace = queue = None
+        for item in items:
+            if item.queue is not queue or item.namespace is not namespace:
+                namespace, queue = item.namespace, item.queue
+                cache = self._caches.get((namespace, queue))
+            if cache is not None and cache.occupied:
+                cache.forget(item.id)
             if item.group is not None:
-                cache.dirty = True
-                cache.dry = False
-        if item.group is not None:
-            self.on_ready(item.namespace, item.queue)
+                if cache is not None:
+                    cache.dirty = True
+                    cache.dry = False
+                self.on_ready(item.namespace, item.queue)
 
     def foreign_change(self, namespace: str, queue: str) -> None:
         """Somebody else changed the queue."""

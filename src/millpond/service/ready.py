@@ -138,6 +138,11 @@ class ReadyCache:
         return len(self._entries)
 
     @property
+    def occupied(self) -> bool:
+        """It knows of a record."""
+        return bool(self._entries or self._inflight)
+
+    @property
     def inflight(self) -> int:
         """How many candidates are out of the cache, their fate not yet known."""
         return len(self._inflight)

@@ -39,7 +39,7 @@ from millpond.stores.base import (
     Updated,
 )
 from millpond.stores.sqlite.heads import Heads
-from millpond.stores.sqlite.rows import stored
+from millpond.stores.sqlite.rows import ready
 from millpond.stores.sqlite.schema import BLOCKED, BLOCKED_LEASED, BUCKET, BYTES, CHUNK, CHUNK_BITS, DEAD, FREE, LEASED
 
 DIRECT_DELETE = 4 * CHUNK
@@ -133,6 +133,8 @@ class Applier:
         """The one of the queue that the op before was about: ops come in runs."""
         self._namespace: str | None = None
         self._name: str | None = None
+        self._new_mark = Mark("1", 0, False, None, _LIVE)
+        """The mark of the record inserted last: what is enqueued together has the same."""
         self._bodies: list[tuple[int, bytes, bytes]] = []
         self._sequence = 0
         """The next number; 0 when it was not read in this transaction."""
@@ -251,7 +253,7 @@ class Applier:
                 if not rows:
                     break
             row = rows.popleft()
-            decided = decide(stored(namespace, name, row, row[13]))
+            decided = decide(ready(namespace, name, row))
             if decided is None:
                 continue
             op = decided[0]
@@ -351,9 +353,11 @@ class Applier:
         counts[key] = counts.get(key, 0) + 1
         counts[BYTES] = counts.get(BYTES, 0) + item.size
         tally.changed = True
+        mark = self._new_mark
+        if mark.due != op.due or mark.expires != op.expires:
+            mark = self._new_mark = Mark("1", op.due, False, op.expires, _LIVE)
         return Inserted(
-            Item(item.namespace, item.queue, item.id, item.priority, group, item.size, item.external, seq),
-            Mark("1", op.due, False, op.expires, _LIVE),
+            Item(item.namespace, item.queue, item.id, item.priority, group, item.size, item.external, seq), mark
         )
 
     def _check_unique(self, queue: int, id: str, key: str, now: int) -> Conflict | None:
