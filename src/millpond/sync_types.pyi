@@ -52,7 +52,7 @@ class SyncMessage:
     @property
     def payload(self) -> bytes:
         """The payload. Raises PayloadNotLoaded when it is stored apart (use `read` or `stream`), and what reading it
-        raised when it cannot be read (Tampered, UnknownKey)."""
+        raised when it cannot be read (Tampered, UnknownKey), StoreCorrupt when it is not what was enqueued."""
 
     @property
     def payload_size(self) -> int:
@@ -111,7 +111,8 @@ class SyncMessage:
         """The workflow state."""
 
     def stream(self) -> Iterator[bytes]:
-        """The payload in chunks, in bounded memory, wherever it is stored."""
+        """The payload in chunks, in bounded memory, wherever it is stored. Raises StoreCorrupt while reading, at the
+        end if it is stored apart: act on nothing before the end."""
 
     def read(self, limit: int | None = ...) -> bytes:
         """The whole payload in memory. Raises TooLarge when it is larger than ``limit`` bytes."""
@@ -384,7 +385,8 @@ class PondCalls:
         removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
 
     def verify(self) -> builtins.list[Problem]:
-        """Check the store's integrity and that every record can be read; [] when all is well."""
+        """Check the store's integrity, that every record can be read and that every payload is what was enqueued; []
+        when all is well. Reads everything."""
 
     def unreadable(self, queue: str, *, namespace: str | None = ...) -> builtins.list[tuple[str, MillpondError]]:
         """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written

@@ -160,7 +160,7 @@ def stats(settings: Settings, queue: str | None) -> None:
 def verify(settings: Settings) -> None:
     """Check the whole store and print what is wrong.
 
-    Reads every record. Exit code 0 when all is well, 1 when something is not.
+    Reads every record and payload. Exit code 0 when all is well, 1 when something is not.
     """
 
     async def check(pond: Pond) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 
@@ -13,7 +14,7 @@ from millpond.model import codec, names
 from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, PRIORITIES, Head, Status
 from millpond.service.config import DEFAULT_OPTIONS, MAX_ATTEMPTS, EnqueueOptions, milliseconds, short_text
 from millpond.service.core import Core, Defaults, QueueKey
-from millpond.service.payloads import Payload, Streamed, prepare
+from millpond.service.payloads import Payload, Streamed, Summed, prepare
 from millpond.service.ready import Record
 from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Unique
 
@@ -103,8 +104,9 @@ class Producing(Core):
             # The first enqueue with this id is in: no need to write its payload again. Should that message go before
             # this insert, then the insert, whose payload was never written, is refused by the store.
             return self._build(key, defaults, b"", 0, True, options, id)
-        blob = await self.store.write_blob(*key, id, prepared.chunks, self.clock.now_ms())
-        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name)
+        source = Summed(prepared.chunks)
+        blob = await self.store.write_blob(*key, id, source, self.clock.now_ms())
+        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name, source.checksum)
 
     def _build(
         self,
@@ -116,6 +118,7 @@ class Producing(Core):
         options: EnqueueOptions,
         id: str | None,
         blob: str = "",
+        checksum: int | None = None,
     ) -> _Draft:
         delay = 0
         ttl, visibility, max_attempts = defaults.ttl, defaults.visibility, defaults.max_attempts
@@ -163,6 +166,7 @@ class Producing(Core):
             content_type,
             size,
             external,
+            checksum if external else crc32(data),
         )
         unique = None
         if dedup_key is not None:
@@ -197,6 +201,7 @@ class Producing(Core):
             None,
             len(data),
             False,
+            crc32(data),
         )
         return self._finish(stamp, head, data, None)
 
