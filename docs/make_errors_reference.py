@@ -73,9 +73,9 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "Check queue and namespace. When you only look, take it as gone. It is a `LookupError`, too.",
     ),
     errors.LeaseLost: (
-        "The lease ended and somebody else was given the message, or it was answered already, or is gone, or lease "
-        "id and "
-        "token do not belong together. Nothing was changed.",
+        "The text says which: the message was delivered again since (the lease ended unanswered); it was given back or "
+        "redriven; it is a dead letter; it is gone; or this lease was never given, because lease id or token are not "
+        "from a delivery of this message. Nothing was changed.",
         "Stop working on the message; do not repeat the answer. If it happens often: longer leases, `extend` while you "
         "work, or fewer messages per `receive`.",
     ),
