@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from millpond.errors import InvalidInput, MillpondError
 from millpond.message import Lease, Message, MessageView
 from millpond.model import names
 from millpond.model.message import DEFAULT_PRIORITY
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
+from millpond.service.config import (
+    DEFAULT_OPTIONS,
+    EnqueueFields,
+    EnqueueOptions,
+    PolicyFields,
+    QueuePolicy,
+    milliseconds,
+)
 from millpond.service.consuming import Delivery
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.service import QueueService
@@ -158,7 +165,9 @@ class Queue:
         done = await self._service.enqueue(self.namespace, self.name, payload, options)
         return Receipt(done.message_id, done.duplicate)
 
-    async def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> list[Receipt]:
+    async def enqueue_many(
+        self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Unpack[EnqueueFields]
+    ) -> list[Receipt]:
         """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
 
         ``payloads``: any iterable, also an async one, of what `enqueue` takes. ``options``: as for `enqueue`, the same
@@ -300,7 +309,7 @@ class Queue:
         """The queue's policy."""
         return await self._service.queue_policy(self.namespace, self.name)
 
-    async def set_policy(self, **fields: Any) -> QueuePolicy:
+    async def set_policy(self, **fields: Unpack[PolicyFields]) -> QueuePolicy:
         """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
 
         Raises InvalidInput for unknown fields and values out of range."""

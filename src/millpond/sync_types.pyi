@@ -5,14 +5,14 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from millpond.errors import MillpondError
 from millpond.message import Lease
 from millpond.model.clock import Clock
 from millpond.queue import Answer, QueueCounts, Receipt
 from millpond.service.collector import Collected
-from millpond.service.config import Config, QueuePolicy
+from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
 
@@ -297,7 +297,11 @@ class SyncQueue:
 
         Raises InvalidInput and TooLarge before anything is written, StoreError."""
 
-    def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> builtins.list[Receipt]:
+    def enqueue_many(
+        self,
+        payloads: Iterable[Any] | AsyncIterable[Any],
+        **options: Unpack[EnqueueFields],
+    ) -> builtins.list[Receipt]:
         """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
 
         ``payloads``: any iterable, also an async one, of what `enqueue` takes. ``options``: as for `enqueue`, the same
@@ -363,7 +367,7 @@ class SyncQueue:
     def policy(self) -> QueuePolicy:
         """The queue's policy."""
 
-    def set_policy(self, **fields: Any) -> QueuePolicy:
+    def set_policy(self, **fields: Unpack[PolicyFields]) -> QueuePolicy:
         """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
 
         Raises InvalidInput for unknown fields and values out of range."""

@@ -135,7 +135,8 @@ def policy_set(settings: Settings, /, queue: str, **fields: Any) -> None:
 
     `default` takes a setting back to the pond's default. Messages that are queued already keep what they got.
     """
-    chosen = {name: None if value == INHERIT else value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
+    chosen: dict[str, Any] = {name: None if value == INHERIT else value for name, value in given.items()}
     if not chosen:
         raise click.UsageError("nothing to set")
 
