@@ -118,9 +118,9 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "Check the URL; upgrade Millpond; use a local disk; leave out the keyring.",
     ),
     errors.StoreCorrupt: (
-        "The file, or a record in it, is damaged.",
-        "One record: `millpond verify`, then `discard-unreadable`. The file: stop everything, keep a copy, restore a "
-        "backup, "
+        "The file, or a record, a policy or a payload in it, is damaged.",
+        "One record: `millpond verify`, then `discard-unreadable`. A policy: `policy reset`. A payload: take the "
+        "message from a backup, or bury it. The file: stop everything, keep a copy, restore a backup, "
         "and find the cause (see the [checklist](../production/checklist.md)).",
     ),
     errors.CryptoError: (

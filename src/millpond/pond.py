@@ -241,6 +241,11 @@ class Pond:
 
     async def _verify_queue(self, name: QueueName, told: set[str]) -> list[Problem]:
         problems = []
+        try:
+            await self.service.queue_policy(*name)
+        except MillpondError as error:
+            if f"queue {name.namespace}/{name.queue}" not in told:
+                problems.append(Problem(f"queue {name.namespace}/{name.queue}", str(error)))
         for box in Box:
             after: int | None = None
             while True:

@@ -298,7 +298,8 @@ class Queue:
         return await self._service.purge(self.namespace, self.name)
 
     async def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        """Hand nothing out until `resume`, in every process within a second. Safe to repeat. It may come before the
+        first message: the queue is then there by its policy."""
         await self._service.pause(self.namespace, self.name)
 
     async def resume(self) -> None:
@@ -314,6 +315,12 @@ class Queue:
 
         Raises InvalidInput for unknown fields and values out of range."""
         return await self._service.set_policy(self.namespace, self.name, **fields)
+
+    async def reset_policy(self) -> QueuePolicy:
+        """Put the default policy in place of the queue's, which also resumes it; the way out when the stored one is
+        damaged, or under a key that is lost (StoreCorrupt, Tampered, UnknownKey at every enqueue and receive). Safe to
+        repeat. Look for the key first, and for a newer Millpond if it is StoreMismatch: what the policy was is gone."""
+        return await self._service.reset_policy(self.namespace, self.name)
 
     def __repr__(self) -> str:
         return f"<Queue {self.namespace}/{self.name}>"

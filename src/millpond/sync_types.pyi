@@ -359,7 +359,8 @@ class SyncQueue:
         """Remove every live message that no consumer holds; how many. Dead letters stay."""
 
     def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        """Hand nothing out until `resume`, in every process within a second. Safe to repeat. It may come before the
+        first message: the queue is then there by its policy."""
 
     def resume(self) -> None:
         """Hand out again. Safe to repeat."""
@@ -371,6 +372,11 @@ class SyncQueue:
         """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
 
         Raises InvalidInput for unknown fields and values out of range."""
+
+    def reset_policy(self) -> QueuePolicy:
+        """Put the default policy in place of the queue's, which also resumes it; the way out when the stored one is
+        damaged, or under a key that is lost (StoreCorrupt, Tampered, UnknownKey at every enqueue and receive). Safe to
+        repeat. Look for the key first, and for a newer Millpond if it is StoreMismatch: what the policy was is gone."""
 
 class PondCalls:
     """`Pond`, for synchronous code."""

@@ -28,6 +28,7 @@ from millpond.stores.base import (
     Op,
     Outcome,
     PutDocument,
+    Sealing,
     Store,
     Stored,
     Update,
@@ -344,12 +345,29 @@ class Core:
         for _ in range(ATTEMPTS):
             entry = await self._read_policy(key)
             policy = change(entry.defaults.policy)
-            [outcome] = await self.write([PutDocument(*key, entry.etag, encode_policy(policy))])
-            if isinstance(outcome, DocumentWritten):
-                self._remember_policy(key, policy, outcome.etag)
-                self.on_ready(*key)
+            # What changes nothing makes nothing known: resuming a queue that never was leaves no trace of it.
+            if policy == entry.defaults.policy or await self._put_policy(key, policy, entry.etag):
                 return policy
-            assert isinstance(outcome, Conflict)
+        raise StateConflict(f"the policy of queue {'/'.join(key)} keeps being changed by others; try again")
+
+    async def _put_policy(self, key: QueueKey, policy: QueuePolicy, expect: str | None) -> bool:
+        [outcome] = await self.write([PutDocument(*key, expect, encode_policy(policy))])
+        if isinstance(outcome, DocumentWritten):
+            self._remember_policy(key, policy, outcome.etag)
+            self.on_ready(*key)
+            return True
+        assert isinstance(outcome, Conflict)
+        return False
+
+    async def replace_policy(self, key: QueueKey, policy: QueuePolicy) -> QueuePolicy:
+        """Write the queue's policy over whatever is there, read or not; nothing where there is none."""
+        read = self.store.sealed_document if isinstance(self.store, Sealing) else self.store.document
+        for _ in range(ATTEMPTS):
+            document = await read(*key)
+            if document is None:
+                return self._remember_policy(key, policy, None).defaults.policy
+            if await self._put_policy(key, policy, document.etag):
+                return policy
         raise StateConflict(f"the policy of queue {'/'.join(key)} keeps being changed by others; try again")
 
     # Background work

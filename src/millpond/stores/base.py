@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -432,3 +432,11 @@ class Store(Protocol):
     # Last in the class: below it, ``list`` would name the method in annotations.
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:
         """Records of a box in order of insertion (``Item.key``), strictly after ``after``."""
+
+
+@runtime_checkable
+class Sealing(Protocol):
+    """What a store around a store offers beside, when it may be unable to open what the inner one holds."""
+
+    async def sealed_document(self, namespace: str, queue: str) -> Document | None:
+        """The queue's document as it lies in the inner store: its ETag is what a write that replaces it needs."""

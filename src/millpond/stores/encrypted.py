@@ -379,6 +379,10 @@ class EncryptedStore:
         data = self.envelope.open(DOCUMENT, namespace, queue, "", document.data)
         return Document(data, document.etag)
 
+    async def sealed_document(self, namespace: str, queue: str) -> Document | None:
+        """The queue's document as it lies in the inner store, whether it opens or not."""
+        return await self.inner.document(namespace, queue)
+
     async def queues(self) -> builtins.list[QueueName]:
         """Every queue; the vault is none."""
         return [name for name in await self.inner.queues() if name != PLACE]
