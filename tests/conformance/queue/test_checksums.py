@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from millpond import StoreCorrupt
+from millpond import Keyring, Pond, StoreCorrupt
 from millpond.model import codec
+from millpond.model.clock import ManualClock
 from millpond.stores.base import Insert
+from millpond.stores.encrypted import EncryptedStore
+from millpond.stores.memory import MemoryStore
 
 if TYPE_CHECKING:
     from tests.conformance.queue.conftest import World
@@ -125,3 +128,25 @@ async def test_records_without_a_checksum_stay_readable(world: World, size: int)
         message = await world.one(consumer)
         assert await message.read() == _rotten(b"x" * size)
         await message.ack()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_payload_in_the_place_of_another_of_the_same_id_is_found_out(encrypted: bool) -> None:
+    """Sealed for the same message, both open: which of them is the message's, the head says."""
+    clock = ManualClock()
+    memory = MemoryStore(clock=clock)
+    store = EncryptedStore(memory, Keyring({"key": bytes(32)})) if encrypted else memory
+    async with Pond(store, clock=clock) as pond:
+        queue, id = pond.queue("orders"), "0197a3c2-0000-7000-8000-000000000001"
+
+        async def overtaken() -> AsyncIterator[bytes]:
+            yield b"2" * LARGE
+            assert await queue.enqueue(b"1" * LARGE, message_id=id) == (id, False)
+
+        assert await queue.enqueue(overtaken(), message_id=id) == (id, True)
+        assert await (await queue.get(id)).payload() == b"1" * LARGE
+        one, two = memory._data.blobs
+        blobs = memory._data.blobs
+        blobs[one], blobs[two] = blobs[two], blobs[one]
+        with pytest.raises(StoreCorrupt, match=f"{id} in default/orders is damaged"):
+            await (await queue.get(id)).payload()
