@@ -264,17 +264,29 @@ def deliver(
 
 def check_lease(status: Status | None, lease_id: str, token: int) -> Lease:
     """The message's lease, if it is the one named. Raises LeaseLost (also for None: the message is gone)."""
-    if status is None:
-        raise LeaseLost("the message is gone: it was acked, or removed, by another holder; nothing was changed")
-    lease = status.lease
-    if lease is None:
-        raise LeaseLost(f"lease {lease_id} (token {token}) ended: the message was given back; nothing was changed")
-    if lease.token != token or lease.id != lease_id:
-        raise LeaseLost(
-            f"lease {lease_id} (token {token}) is not the current one: the message has been delivered again "
-            f"(token {lease.token}); nothing was changed"
-        )
+    lease = None if status is None else status.lease
+    if lease is None or lease.token != token or lease.id != lease_id:
+        raise LeaseLost(f"{_why_lost(status, lease_id, token)}; nothing was changed")
     return lease
+
+
+def _why_lost(status: Status | None, lease_id: str, token: int) -> str:
+    """Why the named lease is not the message's, as far as its record tells: who reads it has to find out whether a
+    worker was too slow or an answer was made up."""
+    if status is None:
+        return "the message is gone: it was acked, removed, or never in this queue"
+    if status.dead is not None:
+        return f"the message is a dead letter ({status.dead.reason}), which nobody holds; redrive it to have it again"
+    named = f"lease {lease_id} (token {token})"
+    if token > status.token:
+        given = f"its last token is {status.token}" if status.token else "it was not delivered yet"
+        return f"{named} was never given for this message: {given}"
+    if token < status.token:
+        return f"{named} is over: the message has been delivered again since (token {status.token})"
+    if status.lease is not None:
+        return f"{named} was never given: token {token} belongs to another lease id"
+    # The lease's id went with it; the token says which delivery it was.
+    return f"{named} is over: the message was given back, or redriven, and nobody holds it now"
 
 
 def ack(status: Status | None, lease_id: str, token: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
 
 from millpond import lifecycle
 from millpond.errors import InvalidInput, MessageNotFound, PayloadNotLoaded, TooLarge
@@ -124,7 +125,7 @@ class Message:
     @property
     def payload(self) -> bytes:
         """The payload. Raises PayloadNotLoaded when it is stored apart (use `read` or `stream`), and what reading it
-        raised when it cannot be read (Tampered, UnknownKey)."""
+        raised when it cannot be read (Tampered, UnknownKey), StoreCorrupt when it is not what was enqueued."""
         payload = self._delivery.payload
         if payload is None:
             if self._delivery.trouble is not None:
@@ -133,6 +134,12 @@ class Message:
             raise PayloadNotLoaded(
                 f"the payload of {record.head.payload_size} bytes is stored apart; use message.stream() or read()"
             )
+        if not self._delivery.intact:
+            # Once, and not before somebody asks; written out, because each delivery comes here.
+            record = self._known()
+            if record.head.checksum is not None and crc32(payload) != record.head.checksum:
+                payloads.check(record.head, crc32(payload))
+            self._delivery.intact = True
         return payload
 
     @property
@@ -209,9 +216,10 @@ class Message:
     # The payload
 
     def stream(self) -> AsyncIterator[bytes]:
-        """The payload in chunks, in bounded memory, wherever it is stored."""
+        """The payload in chunks, in bounded memory, wherever it is stored. Raises StoreCorrupt while reading, at the
+        end if it is stored apart: act on nothing before the end."""
         if self._delivery.payload is not None:
-            return _once(self._delivery.payload)
+            return _once(self)
         return self._service.payload_chunks(self._known())
 
     async def read(self, limit: int | None = None) -> bytes:
@@ -270,8 +278,8 @@ class Message:
         return f"<Message {self.id} of {self.namespace}/{self.queue}, token {self._delivery.token}>"
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
-    yield data
+async def _once(message: Message) -> AsyncIterator[bytes]:
+    yield message.payload
 
 
 def hand_off(entry: Any, namespace: str) -> HandOff:

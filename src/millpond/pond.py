@@ -227,37 +227,47 @@ class Pond:
         self._collecting = asyncio.create_task(run(), name="millpond collector")
 
     async def verify(self) -> list[Problem]:
-        """Check the store's integrity and that every record can be read; [] when all is well."""
+        """Check the store's integrity, that every record can be read and that every payload is what was enqueued; []
+        when all is well. Reads everything."""
         problems = await self.store.verify()
+        told = {problem.where for problem in problems}
         try:
             for name in await self.queues():
-                problems += await self._verify_queue(name)
+                problems += await self._verify_queue(name, told)
         except StoreCorrupt as error:
             # Where the store is so broken that its records cannot be listed, that is a finding like others.
             problems.append(Problem("records", str(error)))
         return problems
 
-    async def _verify_queue(self, name: QueueName) -> list[Problem]:
+    async def _verify_queue(self, name: QueueName, told: set[str]) -> list[Problem]:
         problems = []
+        try:
+            await self.service.queue_policy(*name)
+        except MillpondError as error:
+            if f"queue {name.namespace}/{name.queue}" not in told:
+                problems.append(Problem(f"queue {name.namespace}/{name.queue}", str(error)))
         for box in Box:
             after: int | None = None
             while True:
                 page = await self.store.list(*name, box, after=after, limit=500)
                 for stored in page.records:
+                    where = f"message {stored.item.id} in {name.namespace}/{name.queue}"
                     try:
                         record = self.service.record(stored)
                     except MillpondError as error:
-                        problems.append(
-                            Problem(f"message {stored.item.id} in {name.namespace}/{name.queue}", str(error))
-                        )
+                        problems.append(Problem(where, str(error)))
                         continue
                     if record.head.id != stored.item.id or record.status.visible_at != stored.mark.due:
-                        problems.append(
-                            Problem(
-                                f"message {stored.item.id} in {name.namespace}/{name.queue}",
-                                "the record and its index disagree",
-                            )
-                        )
+                        problems.append(Problem(where, "the record and its index disagree"))
+                    # What the store found wrong with the message need not be found again.
+                    elif record.head.checksum is not None and f"message {stored.item.id}" not in told:
+                        try:
+                            async for _ in self.service.payload_chunks(record):
+                                pass
+                        except MessageNotFound:
+                            pass  # acked meanwhile
+                        except MillpondError as error:
+                            problems.append(Problem(where, str(error)))
                 if page.next_after is None:
                     break
                 after = page.next_after

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from millpond.errors import InvalidInput, MillpondError
 from millpond.message import Lease, Message, MessageView
 from millpond.model import names
 from millpond.model.message import DEFAULT_PRIORITY
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
+from millpond.service.config import (
+    DEFAULT_OPTIONS,
+    EnqueueFields,
+    EnqueueOptions,
+    PolicyFields,
+    QueuePolicy,
+    milliseconds,
+)
 from millpond.service.consuming import Delivery
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.producing import Receipt
@@ -150,7 +157,9 @@ class Queue:
             )
         return await self._service.enqueue(self.namespace, self.name, payload, options)
 
-    async def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> list[Receipt]:
+    async def enqueue_many(
+        self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Unpack[EnqueueFields]
+    ) -> list[Receipt]:
         """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
 
         ``payloads``: any iterable, also an async one, of what `enqueue` takes. ``options``: as for `enqueue`, the same
@@ -280,7 +289,8 @@ class Queue:
         return await self._service.purge(self.namespace, self.name)
 
     async def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        """Hand nothing out until `resume`, in every process within a second. Safe to repeat. It may come before the
+        first message: the queue is then there by its policy."""
         await self._service.pause(self.namespace, self.name)
 
     async def resume(self) -> None:
@@ -291,11 +301,17 @@ class Queue:
         """The queue's policy."""
         return await self._service.queue_policy(self.namespace, self.name)
 
-    async def set_policy(self, **fields: Any) -> QueuePolicy:
+    async def set_policy(self, **fields: Unpack[PolicyFields]) -> QueuePolicy:
         """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
 
         Raises InvalidInput for unknown fields and values out of range."""
         return await self._service.set_policy(self.namespace, self.name, **fields)
+
+    async def reset_policy(self) -> QueuePolicy:
+        """Put the default policy in place of the queue's, which also resumes it; the way out when the stored one is
+        damaged, or under a key that is lost (StoreCorrupt, Tampered, UnknownKey at every enqueue and receive). Safe to
+        repeat. Look for the key first, and for a newer Millpond if it is StoreMismatch: what the policy was is gone."""
+        return await self._service.reset_policy(self.namespace, self.name)
 
     def __repr__(self) -> str:
         return f"<Queue {self.namespace}/{self.name}>"

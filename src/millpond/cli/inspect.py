@@ -92,15 +92,23 @@ def queues(settings: Settings) -> None:
 
     async def look(pond: Pond) -> None:
         from millpond.cli.records import all_queues
+        from millpond.errors import MillpondError
 
         output = settings.output()
-        found = await all_queues(pond, settings.namespace)
-        rows = [(at, name, (await pond.queue(name, namespace=at).policy()).paused) for at, name in found]
+        rows: list[tuple[str, str, bool | None]] = []
+        for at, name in await all_queues(pond, settings.namespace):
+            try:
+                rows.append((at, name, (await pond.queue(name, namespace=at).policy()).paused))
+            except MillpondError as error:
+                # One queue with a policy that cannot be read must not hide the others.
+                output.note(f"{error} [{error.code}]; `millpond policy reset` puts the default in its place")
+                rows.append((at, name, None))
+        states = {True: "paused", False: "", None: "policy unreadable"}
         if output.json:
             for at, name, paused in rows:
                 output.record({"namespace": at, "queue": name, "paused": paused})
         elif rows:
-            output.rows(("namespace", "queue", "state"), [(at, name, "paused" if p else "") for at, name, p in rows])
+            output.rows(("namespace", "queue", "state"), [(at, name, states[paused]) for at, name, paused in rows])
         else:
             output.note("no queues")
 
@@ -160,7 +168,7 @@ def stats(settings: Settings, queue: str | None) -> None:
 def verify(settings: Settings) -> None:
     """Check the whole store and print what is wrong.
 
-    Reads every record. Exit code 0 when all is well, 1 when something is not.
+    Reads every record and payload. Exit code 0 when all is well, 1 when something is not.
     """
 
     async def check(pond: Pond) -> int:

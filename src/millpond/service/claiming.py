@@ -127,7 +127,7 @@ class Claiming(Consuming):
                 record = self.record(stored)
             except MillpondError as error:
                 # One record that cannot be read must not keep the others from being delivered.
-                self.report_unreadable(cache, stored.item, error)
+                self.report_unreadable(cache, stored, error)
                 return None
             judged = self._judge(record, now, grant)
             if judged is None:

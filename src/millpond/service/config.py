@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import msgspec
 
@@ -106,6 +106,18 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput(f"paused must be True or False, not {self.paused!r}")
 
 
+class PolicyFields(TypedDict, total=False):
+    """The fields of `QueuePolicy` as keyword parameters, each of which may be left out; for type checkers."""
+
+    default_visibility: float | None
+    max_attempts: int | None
+    ttl: float | None
+    on_expired: Literal["discard", "dead_letter"]
+    on_exhausted: Literal["dead_letter", "discard"]
+    dedup_window: float | None
+    paused: bool
+
+
 POLICY_FORMAT = 1
 
 
@@ -161,6 +173,24 @@ class EnqueueOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 DEFAULT_OPTIONS = EnqueueOptions()
+
+
+class EnqueueFields(TypedDict, total=False):
+    """The fields of `EnqueueOptions` as keyword parameters, each of which may be left out; for type checkers."""
+
+    delay: float
+    ttl: float | None
+    priority: int
+    max_attempts: int | None
+    visibility: float | None
+    attributes: dict[str, Any] | None
+    dedup_key: str | None
+    dedup_window: float | None
+    ordering_key: str | None
+    content_type: str | None
+    correlation_id: str | None
+    message_id: str | None
+
 
 MAX_KEY_BYTES = 512
 """For dedup and ordering keys, content types, correlation ids and owners: they stand in indexes, headers and leases."""

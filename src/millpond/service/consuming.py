@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 
@@ -26,6 +27,7 @@ from millpond.model import codec
 from millpond.model.message import Lease, Status
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
 from millpond.service.core import ATTEMPTS, QueueKey
+from millpond.service.payloads import check
 from millpond.service.producing import Producing, Receipt
 from millpond.service.ready import Record
 from millpond.stores.base import Conflict, Item, Op, Outcome, Remove, Removed, Updated
@@ -47,6 +49,8 @@ class Delivery(msgspec.Struct, eq=False, weakref=True):
     """The inline payload; None when it is stored apart or was not loaded."""
     given: Record | None = None
     """As it was delivered; None when this was made from ids alone."""
+    intact: bool = False
+    """The payload has met its checksum."""
     trouble: MillpondError | None = None
     """Why the payload cannot be read, if it cannot."""
 
@@ -362,17 +366,22 @@ class Consuming(Producing):
     # Payloads
 
     def payload_chunks(self, record: Record) -> AsyncIterator[bytes]:
-        """The payload in chunks, wherever it is stored. Raises MessageNotFound, StoreCorrupt while reading."""
+        """The payload in chunks, wherever it is stored. Raises MessageNotFound, StoreCorrupt while reading: damage of a
+        payload stored apart shows after its last chunk."""
         return self._payload_chunks(record)
 
     async def _payload_chunks(self, record: Record) -> AsyncIterator[bytes]:
         if record.item.external:
+            checksum = 0
             async for chunk in self.store.read_blob(record.item):
+                checksum = crc32(chunk, checksum)
                 yield chunk
+            check(record.head, checksum)
             return
         data = record.payload
         if data is None:
             data = await self.store.payload(record.item)
         if data is None:
             raise MessageNotFound(f"message {record.item.id} is gone")
+        check(record.head, crc32(data))
         yield data

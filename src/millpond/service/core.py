@@ -29,6 +29,7 @@ from millpond.stores.base import (
     Op,
     Outcome,
     PutDocument,
+    Sealing,
     Store,
     Stored,
     Update,
@@ -265,8 +266,7 @@ class Core:
         stats.inflight_clears += cache.release_overdue(now)
         if len(cache):
             stats.cursor_resets += 1
-        known_bad = len(cache.bad)
-        limit = min(self.config.ready_page_size, cache.capacity) + cache.inflight + known_bad
+        limit = min(self.config.ready_page_size, cache.capacity) + cache.inflight + len(cache.bad)
         # Cleared before the read: a change that arrives while it runs asks for another one.
         cache.dirty = False
         try:
@@ -277,6 +277,8 @@ class Core:
         listed = self.clock.monotonic()
         changed_meanwhile = cache.dirty
         records: list[Record] = []
+        bad: set[str] = set()
+        news = False
         for stored in page.records:
             id = stored.item.id
             if cache.is_inflight(id):
@@ -286,7 +288,12 @@ class Core:
                 records.append(self.record(stored))
             except MillpondError as error:
                 # One record that cannot be read must not keep the others from being delivered.
-                self.report_unreadable(cache, stored.item, error)
+                bad.add(id)
+                news |= self.report_unreadable(cache, stored, error)
+        if cache.bad:
+            last = page.records[-1] if page.more and page.records else None
+            rank = None if last is None else (-last.item.priority, last.mark.due, last.item.key)
+            cache.forget_bad(bad, rank)
         finished = self.clock.monotonic()
         stats.list_scans += 1
         stats.list_objects += len(page.records)
@@ -296,13 +303,14 @@ class Core:
         seen = max((stored.item.key for stored in page.records), default=0)
         cache.fill(records, more=page.more, next_due=page.next_due, monotonic=finished, seen=seen)
         cache.dirty = changed_meanwhile
-        return bool(records) or not page.more or len(cache.bad) == known_bad
+        return bool(records) or not page.more or not news
 
     @staticmethod
-    def report_unreadable(cache: ReadyCache, item: Item, error: MillpondError) -> None:
-        """Log, once, that a record cannot be decoded."""
-        if item.id not in cache.bad:
-            cache.bad.add(item.id)
+    def report_unreadable(cache: ReadyCache, stored: Stored, error: MillpondError) -> bool:
+        """Log, once, that a record cannot be decoded; whether it was the first time."""
+        item = stored.item
+        news = cache.meet_bad(item, stored.mark)
+        if news:
             log.error(
                 "millpond.record.unreadable",
                 extra={
@@ -312,6 +320,7 @@ class Core:
                     "reason": str(error),
                 },
             )
+        return news
 
     # Policies
 
@@ -358,12 +367,29 @@ class Core:
         for _ in range(ATTEMPTS):
             entry = await self._read_policy(key)
             policy = change(entry.defaults.policy)
-            [outcome] = await self.write([PutDocument(*key, entry.etag, encode_policy(policy))])
-            if isinstance(outcome, DocumentWritten):
-                self._remember_policy(key, policy, outcome.etag)
-                self.on_ready(*key)
+            # What changes nothing makes nothing known: resuming a queue that never was leaves no trace of it.
+            if policy == entry.defaults.policy or await self._put_policy(key, policy, entry.etag):
                 return policy
-            assert isinstance(outcome, Conflict)
+        raise StateConflict(f"the policy of queue {'/'.join(key)} keeps being changed by others; try again")
+
+    async def _put_policy(self, key: QueueKey, policy: QueuePolicy, expect: str | None) -> bool:
+        [outcome] = await self.write([PutDocument(*key, expect, encode_policy(policy))])
+        if isinstance(outcome, DocumentWritten):
+            self._remember_policy(key, policy, outcome.etag)
+            self.on_ready(*key)
+            return True
+        assert isinstance(outcome, Conflict)
+        return False
+
+    async def replace_policy(self, key: QueueKey, policy: QueuePolicy) -> QueuePolicy:
+        """Write the queue's policy over whatever is there, read or not; nothing where there is none."""
+        read = self.store.sealed_document if isinstance(self.store, Sealing) else self.store.document
+        for _ in range(ATTEMPTS):
+            document = await read(*key)
+            if document is None:
+                return self._remember_policy(key, policy, None).defaults.policy
+            if await self._put_policy(key, policy, document.etag):
+                return policy
         raise StateConflict(f"the policy of queue {'/'.join(key)} keeps being changed by others; try again")
 
     # Background work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 
@@ -14,7 +15,7 @@ from millpond.model.codec import encode
 from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, PRIORITIES, Head, Status
 from millpond.service.config import DEFAULT_OPTIONS, MAX_ATTEMPTS, EnqueueOptions, milliseconds, short_text
 from millpond.service.core import Core, Defaults, QueueKey
-from millpond.service.payloads import Payload, Streamed, prepare
+from millpond.service.payloads import Payload, Streamed, Summed, prepare
 from millpond.service.ready import Record
 from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Outcome, Unique
 
@@ -108,10 +109,12 @@ class Producing(Core):
             return self._build(key, defaults, prepared.data, len(prepared.data), False, options, None)
         id = self.ids.message_id() if options.message_id is None else names.message_id(options.message_id)
         if options.message_id is not None and await self.store.get(*key, id) is not None:
-            # The first enqueue with this id is in, payload and all: its blob must not be touched.
-            return self._build(key, defaults, b"", 0, False, options, id)
-        blob = await self.store.write_blob(*key, id, prepared.chunks, self.clock.now_ms())
-        return self._build(key, defaults, b"", blob.size, True, options, id)
+            # The first enqueue with this id is in: no need to write its payload again. Should that message go before
+            # this insert, then the insert, whose payload was never written, is refused by the store.
+            return self._build(key, defaults, b"", 0, True, options, id)
+        source = Summed(prepared.chunks)
+        blob = await self.store.write_blob(*key, id, source, self.clock.now_ms())
+        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name, source.checksum)
 
     def _build(
         self,
@@ -122,6 +125,8 @@ class Producing(Core):
         external: bool,
         options: EnqueueOptions,
         id: str | None,
+        blob: str = "",
+        checksum: int | None = None,
     ) -> _Draft:
         delay = 0
         ttl, visibility, max_attempts = defaults.ttl, defaults.visibility, defaults.max_attempts
@@ -169,6 +174,7 @@ class Producing(Core):
             content_type,
             size,
             external,
+            checksum if external else crc32(data),
         )
         unique = None
         if dedup_key is not None:
@@ -176,7 +182,7 @@ class Producing(Core):
             if options.dedup_window is not None:
                 window = milliseconds(options.dedup_window, "dedup_window", positive=True)
             unique = Unique(dedup_key, stamp.now, stamp.now + window)
-        return _finish(stamp, head, data, unique)
+        return _finish(stamp, head, data, unique, blob)
 
     def _stamp(self, delay: int, ttl: int | None) -> _Stamp:
         """What messages that are enqueued now, with this delay and time to live, begin with."""
@@ -207,6 +213,7 @@ class Producing(Core):
             None,
             len(data),
             False,
+            crc32(data),
         )
         return _finish(stamp, head, data, None)
 
@@ -256,7 +263,7 @@ class Producing(Core):
         raise StoreError(f"the store answered an insert with {outcome!r}")
 
 
-def _finish(stamp: _Stamp, head: Head, data: bytes, unique: Unique | None) -> _Draft:
+def _finish(stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob: str = "") -> _Draft:
     status, external = stamp.status, head.external
     op = Insert(
         Item(head.namespace, head.queue, head.id, head.priority, head.ordering_key, head.payload_size, external),
@@ -266,5 +273,6 @@ def _finish(stamp: _Stamp, head: Head, data: bytes, unique: Unique | None) -> _D
         stamp.encoded,
         data,
         unique,
+        blob,
     )
     return _Draft(op, head, status, None if external else data)

@@ -362,6 +362,15 @@ class QueueService(States):
 
         return await self.change_policy(key, change)
 
+    async def reset_policy(self, namespace: str | None, queue: str) -> QueuePolicy:
+        """Put the default policy in place of whatever the queue has, also of one that cannot be read. Safe to repeat.
+
+        Raises StateConflict while others keep changing it."""
+        key = self.key(namespace, queue)
+        policy = await self.replace_policy(key, QueuePolicy())
+        log.info("millpond.policy.reset", extra={"namespace": key[0], "queue": key[1]})
+        return policy
+
     async def queue_policy(self, namespace: str | None, queue: str) -> QueuePolicy:
         """The queue's policy, read afresh."""
         return await self.policy(self.key(namespace, queue), fresh=True)

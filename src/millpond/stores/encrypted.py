@@ -218,7 +218,7 @@ class EncryptedStore:
             unique = Unique(self._hash("unique", item, unique.key), unique.now, unique.until)
         if item.group is not None:
             item = msgspec.structs.replace(item, group=self._hash("group", item, item.group))
-        return Insert(item, op.due, op.expires, head, status, payload, unique)
+        return Insert(item, op.due, op.expires, head, status, payload, unique, op.blob)
 
     def _seal_reseal(self, op: Reseal) -> Reseal:
         return Reseal(
@@ -379,6 +379,10 @@ class EncryptedStore:
         data = self.envelope.open(DOCUMENT, namespace, queue, "", document.data)
         return Document(data, document.etag)
 
+    async def sealed_document(self, namespace: str, queue: str) -> Document | None:
+        """The queue's document as it lies in the inner store, whether it opens or not."""
+        return await self.inner.document(namespace, queue)
+
     async def queues(self) -> builtins.list[QueueName]:
         """Every queue; the vault is none."""
         return [name for name in await self.inner.queues() if name != PLACE]
@@ -405,8 +409,8 @@ class EncryptedStore:
             yield sealer.finish()
 
         async with aclosing(sealed()) as pieces:
-            await self.inner.write_blob(namespace, queue, id, pieces, now)
-        return Blob(sealer.size)
+            blob = await self.inner.write_blob(namespace, queue, id, pieces, now)
+        return Blob(sealer.size, blob.name)
 
     async def read_blob(self, item: Item) -> AsyncIterator[bytes]:
         """The payload in chunks of at most 256 KiB, each proven before it is yielded, the end proven at the end.

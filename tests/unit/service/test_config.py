@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
@@ -19,6 +19,9 @@ from millpond.service.config import (
     MAX_SECONDS,
     POLICY_FORMAT,
     Config,
+    EnqueueFields,
+    EnqueueOptions,
+    PolicyFields,
     QueuePolicy,
     decode_policy,
     encode_policy,
@@ -230,3 +233,8 @@ def test_some_durations_must_be_more_than_nothing(value: Any) -> None:
     assert milliseconds(value, "ttl") == 0
     with pytest.raises(InvalidInput, match="ttl must be more than 0"):
         milliseconds(value, "ttl", positive=True)
+
+
+@pytest.mark.parametrize(("fields", "struct"), [(EnqueueFields, EnqueueOptions), (PolicyFields, QueuePolicy)])
+def test_keyword_parameters_are_those_of_the_struct(fields: Any, struct: Any) -> None:
+    assert get_type_hints(fields) == get_type_hints(struct)
