@@ -223,7 +223,7 @@ class EncryptedStore:
             unique = Unique(self._hash("unique", item, unique.key), unique.now, unique.until)
         if item.group is not None:
             item = msgspec.structs.replace(item, group=self._hash("group", item, item.group))
-        return Insert(item, op.due, op.expires, head, status, payload, unique, op.chosen)
+        return Insert(item, op.due, op.expires, head, status, payload, unique, op.blob, op.chosen)
 
     def _seal_reseal(self, op: Reseal) -> Reseal:
         return Reseal(
@@ -410,8 +410,8 @@ class EncryptedStore:
             yield sealer.finish()
 
         async with aclosing(sealed()) as pieces:
-            await self.inner.write_blob(namespace, queue, id, pieces, now)
-        return Blob(sealer.size)
+            blob = await self.inner.write_blob(namespace, queue, id, pieces, now)
+        return Blob(sealer.size, blob.name)
 
     async def read_blob(self, item: Item) -> AsyncIterator[bytes]:
         """The payload in chunks of at most 256 KiB, each proven before it is yielded, the end proven at the end.
