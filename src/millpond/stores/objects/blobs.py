@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from millpond.errors import MessageNotFound
 from millpond.stores.base import Blob, Insert, Item
@@ -47,8 +47,9 @@ class Blobs:
         written = self._written.get(path)
         if written is not None and self._engine.now() - written < TRUST:
             return True
-        async for page in self._engine.bucket.list(path):
-            return any(entry.name == path for entry in page)
+        async with self._engine.listing(path) as pages:
+            async for page in pages:
+                return any(entry.name == path for entry in page)
         return False
 
     def used(self, namespace: str, queue: str, blob: str) -> None:
@@ -60,7 +61,7 @@ class Blobs:
         """It was removed as an orphan."""
         self._written.pop(path, None)
 
-    async def read(self, item: Item) -> AsyncIterator[bytes]:
+    async def read(self, item: Item) -> AsyncGenerator[bytes, None]:
         """Stream a payload out. Raises MessageNotFound, StoreCorrupt."""
         known = await self._finder.known(item.namespace, item.queue, item.id)
         gone = MessageNotFound(f"the payload of message {item.id} is not (or no longer) there")
@@ -68,7 +69,13 @@ class Blobs:
             raise gone
         path = names.blobs_prefix(item.namespace, item.queue) + known.record.blob
         try:
-            async for chunk in self._engine.bucket.download(path):
-                yield chunk
+            chunks = self._engine.bucket.download(path)
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            finally:
+                closing = getattr(chunks, "aclose", None)
+                if closing is not None:
+                    await closing()
         except MessageNotFound:
             raise gone from None

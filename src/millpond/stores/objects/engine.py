@@ -35,6 +35,8 @@ MARGIN = 10_000
 than a request may take, and than clocks are apart."""
 LEFT = 10_000
 """Names that messages have left, remembered."""
+STEP = 1 << 16
+"""Between two keys of one time: far less than between the ids that one source makes, so that order is kept."""
 READS = 32
 """Objects read at once by one call."""
 
@@ -88,6 +90,8 @@ class Engine:
         self.tasks: set[asyncio.Task[Any]] = set()
         self.high = 0
         """The greatest key of a message with a group that this process has met: what returns to a group goes behind."""
+        self.last_key = 0
+        """Of the last message that this process has put in."""
         self._turns: dict[tuple[str, ...], _Turn] = {}
         self._left: OrderedDict[str, None] = OrderedDict()
 
@@ -102,12 +106,18 @@ class Engine:
         return self.ids.random(records.WRITE_ID_BYTES)
 
     def fresh_key(self, time: int | None) -> int:
-        """A key that was never used, with this time; None: behind everything in its group."""
+        """A key that was never used, with this time, behind those that this process made last for the same time; None:
+        behind everything in its group."""
         number = names.id_number(self.ids.message_id())
-        if time is not None:
-            return names.key_of(time, number)
-        self.high = max(number, self.high + 1)
-        return self.high
+        if time is None:
+            self.high = max(number, self.high + 1)
+            return self.high
+        key = names.key_of(time, number)
+        if key >> names.KEY_BITS == self.last_key >> names.KEY_BITS:
+            behind = self.last_key + 1 + self.ids.below(STEP)
+            key = behind if behind >> names.KEY_BITS == key >> names.KEY_BITS else key
+        self.last_key = key
+        return key
 
     def met(self, name: Name) -> None:
         """A message with a group was seen."""
@@ -149,6 +159,17 @@ class Engine:
         turn.wanted -= 1
         if not turn.wanted:
             del self._turns[key]
+
+    @asynccontextmanager
+    async def listing(self, prefix: str, after: str | None = None) -> AsyncIterator[AsyncIterator[list[Entry]]]:
+        """The pages of a listing, which may be left before their end."""
+        pages = self.bucket.list(prefix, after=after)
+        try:
+            yield pages
+        finally:
+            closing = getattr(pages, "aclose", None)
+            if closing is not None:
+                await closing()
 
     # Objects of messages
 

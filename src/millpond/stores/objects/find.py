@@ -75,8 +75,9 @@ class Finder:
         return None
 
     async def _first(self, prefix: str) -> list[Entry]:
-        async for page in self._engine.bucket.list(prefix):
-            return page
+        async with self._engine.listing(prefix) as pages:
+            async for page in pages:
+                return page
         return []
 
     async def known(self, namespace: str, queue: str, id: str) -> Known | None:

@@ -127,13 +127,14 @@ class Groups:
         if self._firsts.get(self.of(name)) == name.place:
             return True
         prefix = f"{names.box_prefix(name.namespace, name.queue, Box.LIVE)}{names.GROUP_LANE}/"
-        async for page in self._engine.bucket.list(prefix):
-            for entry in page:
-                other = names.parse(entry.name)
-                kind = records.form(entry.size).kind
-                if other.group == name.group and kind not in (records.Kind.GONE, records.Kind.MOVING):
-                    self.first(other)
-                    return other.place == name.place
+        async with self._engine.listing(prefix) as pages:
+            async for page in pages:
+                for entry in page:
+                    other = names.parse(entry.name)
+                    kind = records.form(entry.size).kind
+                    if other.group == name.group and kind not in (records.Kind.GONE, records.Kind.MOVING):
+                        self.first(other)
+                        return other.place == name.place
         return False
 
     async def remove(self, namespace: str, queue: str, path: str, content: Content) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import NamedTuple
 
 from millpond.errors import StoreCorrupt, StoreError, StoreMismatch
@@ -80,7 +80,7 @@ class Listing:
             self._unreadable.add(path)
             log.error("millpond.objects.unreadable", extra={"object": path, "reason": str(error)})
 
-    async def pages(self, namespace: str, queue: str, box: Box) -> AsyncIterator[list[Seen]]:
+    async def pages(self, namespace: str, queue: str, box: Box) -> AsyncGenerator[list[Seen], None]:
         """A whole box, page by page."""
         async for page in self._engine.bucket.list(names.box_prefix(namespace, queue, box)):
             yield self.parse(page, box)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import builtins
 import heapq
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
 
 from millpond.stores.base import Box, Counts, Page, QueueName, Stored
 from millpond.stores.objects import names, records
@@ -31,20 +32,22 @@ class Reader:
         if box is Box.LIVE:
             lanes = (await self._engine.bucket.folder(prefix)).folders
             starts = [f"{prefix}{names.last_part(lane)}/" for lane in lanes]
-        streams = [self._from(start, box, after) for start in starts]
-        chosen = await _merge(streams, limit + 1)
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(aclosing(self._from(start, box, after))) for start in starts]
+            chosen = await _merge(streams, limit + 1)
         more = len(chosen) > limit
         found = await self._listing.read(chosen[:limit], since)
         result = [records.stored(known.record, known.name) for known in found if known.record.box == box]
         return Page(result, chosen[limit - 1].name.key if more else None)
 
-    async def _from(self, prefix: str, box: Box, after: int | None) -> AsyncIterator[Seen]:
+    async def _from(self, prefix: str, box: Box, after: int | None) -> AsyncGenerator[Seen, None]:
         position = None if after is None else prefix + names.after_key(after)
-        async for page in self._engine.bucket.list(prefix, after=position):
-            for seen in self._listing.parse(page, box):
-                # Not every bucket keeps to the position.
-                if after is None or seen.name.key > after:
-                    yield seen
+        async with self._engine.listing(prefix, after=position) as pages:
+            async for page in pages:
+                for seen in self._listing.parse(page, box):
+                    # Not every bucket keeps to the position.
+                    if after is None or seen.name.key > after:
+                        yield seen
 
     async def counts(self, namespace: str, queue: str, now: int) -> Counts:
         """How the queue stands at ``now``: lists all of it."""
@@ -148,7 +151,7 @@ class Reader:
         return any(names.last_part(folder) in ("m", "d") for folder in inside.folders)
 
 
-async def _merge(streams: list[AsyncIterator[Seen]], limit: int) -> list[Seen]:
+async def _merge(streams: list[AsyncGenerator[Seen, None]], limit: int) -> list[Seen]:
     """The first of several ordered streams, in order."""
     chosen: list[Seen] = []
     fronts: list[tuple[int, int, Seen]] = []

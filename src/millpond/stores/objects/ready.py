@@ -7,7 +7,8 @@ each up to the first message whose time has not come.
 from __future__ import annotations
 
 import heapq
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing
 
 from millpond.stores.base import Box, ReadyPage
 from millpond.stores.objects import names, records
@@ -41,10 +42,18 @@ class Lanes:
         self._pages: AsyncIterator[list[Entry]] | None = None
         self._last = ""
         """The lane in which the pages go on."""
+        self._stack = AsyncExitStack()
 
-    async def start(self) -> None:
+    async def __aenter__(self) -> Lanes:
+        await self._start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
         """Look at the beginning."""
-        pages = self._engine.bucket.list(self._prefix).__aiter__()
+        pages = await self._stack.enter_async_context(self._engine.listing(self._prefix))
         first: list[Entry] = await anext(pages, [])
         self._add(first)
         if not first:
@@ -65,7 +74,7 @@ class Lanes:
         for seen in self._listing.parse(page, Box.LIVE):
             self._there.setdefault(seen.name.lane, []).append(seen)
 
-    async def pages(self, lane: str) -> AsyncIterator[list[Seen]]:
+    async def pages(self, lane: str) -> AsyncGenerator[list[Seen], None]:
         """A lane in order, page by page."""
         if lane not in self._there:
             return
@@ -74,8 +83,9 @@ class Lanes:
         if self._pages is None or lane < self._last:
             return
         if lane > self._last:
-            async for page in self._engine.bucket.list(f"{self._prefix}{lane}/"):
-                yield self._listing.parse(page, Box.LIVE)
+            async with self._engine.listing(f"{self._prefix}{lane}/") as own:
+                async for page in own:
+                    yield self._listing.parse(page, Box.LIVE)
             return
         async for page in self._pages:
             seen = [one for one in self._listing.parse(page, Box.LIVE) if one.name.lane == lane]
@@ -125,17 +135,16 @@ class Ready:
     async def ready(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
         """The first ``limit`` records that are due at ``now`` and not blocked by their group."""
         since = self._engine.index.seq
-        lanes = Lanes(self._engine, self._listing, namespace, queue)
-        await lanes.start()
         search = _Search(self._listing, now, limit + 1, since)
-        heads, cut = await self._heads(lanes, namespace, queue, now, since)
-        for priority in range(9, -1, -1):
-            mine = [one for one in heads if one.seen.name.priority == priority]
-            await search.lane(lanes.pages(str(9 - priority)), mine)
-            if search.full:
-                break
+        async with Lanes(self._engine, self._listing, namespace, queue) as lanes:
+            heads, cut = await self._heads(lanes, namespace, queue, now, since)
+            for priority in range(9, -1, -1):
+                mine = [one for one in heads if one.seen.name.priority == priority]
+                async with aclosing(lanes.pages(str(9 - priority))) as pages:
+                    await search.lane(pages, mine)
+                if search.full:
+                    break
         more = search.full or (cut and bool(search.found))
-        records_: list[records.Record] = []
         result = []
         for known in await self._listing.read(search.found[:limit], since):
             record = known.record
@@ -143,7 +152,6 @@ class Ready:
                 # Somebody was given it since it was listed.
                 search.coming(record.due)
                 continue
-            records_.append(record)
             result.append(records.stored(record, known.name))
         return ReadyPage(result, more, search.next_due)
 
@@ -154,20 +162,19 @@ class Ready:
         heads = Heads(self._groups, self._listing, namespace, queue)
         number = 0
         cut = False
-        async for page in lanes.pages(names.GROUP_LANE):
-            for seen in page:
-                heads.see(seen, since)
-            number += 1
-            if number == GROUP_PAGES:
-                cut = True
-                break
-        found = await self._listing.standings(heads.all(), now, since)
-        if cut and not any(one.due <= now for one in found):
-            async for page in lanes.pages(names.GROUP_LANE):
+        found: list[Standing] = []
+        async with aclosing(lanes.pages(names.GROUP_LANE)) as pages:
+            async for page in pages:
                 for seen in page:
                     heads.see(seen, since)
+                number += 1
+                if number % GROUP_PAGES == 0:
+                    found = await self._listing.standings(heads.all(), now, since)
+                    cut = any(one.due <= now for one in found)
+                    if cut:
+                        break
+        if not cut:
             found = await self._listing.standings(heads.all(), now, since)
-            cut = False
         return found, cut
 
 

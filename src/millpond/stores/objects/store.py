@@ -11,6 +11,7 @@ import asyncio
 import builtins
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
@@ -344,8 +345,9 @@ class ObjectStore:
     async def read_blob(self, item: Item) -> AsyncIterator[bytes]:
         """Stream a payload out. Raises MessageNotFound, StoreCorrupt."""
         self._check_open()
-        async for chunk in self._blobs.read(item):
-            yield chunk
+        async with aclosing(self._blobs.read(item)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     # Upkeep
 

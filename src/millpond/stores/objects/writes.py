@@ -287,6 +287,8 @@ class Writer:
         # The id tells when the message is due, or when it was put in: then its name can be found by it.
         direct = not op.chosen and (item.group is not None or number >> names.KEY_BITS <= op.due + SLACK)
         key = number if direct else engine.fresh_key(None if item.group is not None else op.due)
+        if item.group is None:
+            engine.last_key = key
         name = names.message(
             item.namespace,
             item.queue,
