@@ -107,7 +107,7 @@ class Producing(Core):
         prepared = await prepare(source, inline_limit=self.inline_limit, limit=self.config.max_payload_bytes)
         if not isinstance(prepared, Streamed):
             return self._build(key, defaults, prepared.data, len(prepared.data), False, options, None)
-        id = self.ids.message_id() if options.message_id is None else names.message_id(options.message_id)
+        id = self._id(options) if options.message_id is None else names.message_id(options.message_id)
         if options.message_id is not None and await self.store.get(*key, id) is not None:
             # The first enqueue with this id is in: no need to write its payload again. Should that message go before
             # this insert, then the insert, whose payload was never written, is refused by the store.
@@ -154,9 +154,9 @@ class Producing(Core):
             attributes = self._attributes(options.attributes)
             if options.message_id is not None:
                 id = names.message_id(options.message_id)
-        if id is None:
-            id = self.ids.message_id()
         stamp = self._stamp(delay, ttl)
+        if id is None:
+            id = self.ids.message_id() if not delay or ordering_key else self.ids.later_id(stamp.status.visible_at)
         head = Head(
             HEAD_FORMAT,
             id,
@@ -182,7 +182,15 @@ class Producing(Core):
             if options.dedup_window is not None:
                 window = milliseconds(options.dedup_window, "dedup_window", positive=True)
             unique = Unique(dedup_key, stamp.now, stamp.now + window)
-        return _finish(stamp, head, data, unique, blob)
+        return _finish(stamp, head, data, unique, blob, options.message_id is not None)
+
+    def _id(self, options: EnqueueOptions) -> str:
+        """The id of a message whose payload is stored before its record is made."""
+        delay = milliseconds(options.delay, "delay")
+        # A group is in order of entry, whatever its messages' delays: so are its ids.
+        if not delay or options.ordering_key:
+            return self.ids.message_id()
+        return self.ids.later_id(self.clock.now_ms() + delay)
 
     def _stamp(self, delay: int, ttl: int | None) -> _Stamp:
         """What messages that are enqueued now, with this delay and time to live, begin with."""
@@ -263,7 +271,9 @@ class Producing(Core):
         raise StoreError(f"the store answered an insert with {outcome!r}")
 
 
-def _finish(stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob: str = "") -> _Draft:
+def _finish(
+    stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob: str = "", chosen: bool = False
+) -> _Draft:
     status, external = stamp.status, head.external
     op = Insert(
         Item(head.namespace, head.queue, head.id, head.priority, head.ordering_key, head.payload_size, external),
@@ -274,5 +284,6 @@ def _finish(stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob:
         data,
         unique,
         blob,
+        chosen,
     )
     return _Draft(op, head, status, None if external else data)

@@ -53,6 +53,17 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     durable: bool
     inline_limit: int
     """Largest payload, bytes, that belongs in the record; larger ones go to a blob."""
+    hand_offs: bool = False
+    """`Store.commit` takes a ``Remove`` followed by ``Insert`` ops: in the end all of them are applied or none, however
+    many die on the way, but others may see some of them before the rest. ``atomic_groups`` promises more."""
+    insertion_order: bool = True
+    """A larger ``Item.key`` means a later insert, and lists and what is due at the same moment are in that order.
+    Otherwise keys, lists and ties are in order of due time, or of entry for records with a group, by the clocks of
+    those who inserted them."""
+    sees_behind: bool = True
+    """`ReadyPage.next_due` is right also where ``more`` is true. Otherwise it may then be missing, or too late."""
+    guards_groups: bool = False
+    """It refuses to lease a record that its group blocks (`Cause.BLOCKED`); others only leave it out of ``ready``."""
     takes: bool = False
     """It can choose and write in one step (`Store.take`), so that consumers never compete for the same records."""
     requests_cost_money: bool = False
@@ -128,6 +139,9 @@ class Insert(msgspec.Struct, frozen=True, gc=False):
     blob: str = ""
     """`Blob.name` of the payload, as ``write_blob`` returned it; empty unless external. It is this record's from now
     on."""
+    chosen: bool = False
+    """The id was chosen by the caller, and may be there already. Otherwise an `IdSource` made it for this insert: it is
+    nobody else's, and its time is about when the record comes due (for one with a group, when it was made)."""
 
 
 class Update(msgspec.Struct, frozen=True, gc=False):
@@ -252,6 +266,9 @@ class Cause(enum.Enum):
     """There is no such record."""
     STATE = "state"
     """The state or document has another ETag than expected."""
+    BLOCKED = "blocked"
+    """The record cannot be leased before another of its ordering group has left the live box (see
+    `Capabilities.guards_groups`)."""
     ABORTED = "aborted"
     """Another op of the same ``commit`` failed, so this one was not applied."""
 
@@ -358,6 +375,11 @@ class Store(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
+    @property
+    def clock_offset(self) -> int:
+        """Milliseconds to add to this machine's clock for the time that all users of the store go by; it may change
+        while the store is open. 0 where they are on one machine. Asked for where ``reach`` is the network only."""
+
     async def open(self) -> None:
         """Make ready for use: create or migrate what is needed. Raises StoreMismatch, StoreBusy, StoreError."""
 
@@ -368,7 +390,8 @@ class Store(Protocol):
         """Apply each op on its own; one outcome per op, in order."""
 
     async def commit(self, ops: Sequence[Op]) -> list[Outcome]:
-        """Apply all ops in one step, or none: after any Conflict the others are ``Conflict(ABORTED)``."""
+        """Apply all ops in one step, or none: after any Conflict the others are ``Conflict(ABORTED)``. Raises
+        StoreError for what the store cannot do (see ``atomic_groups`` and ``hand_offs`` of its capabilities)."""
 
     async def get(self, namespace: str, queue: str, id: str, *, payload: bool = False) -> Stored | None:
         """The record, from whichever box it lies in."""

@@ -155,6 +155,11 @@ class MemoryStore:
         """What a store in memory can do; ``reach`` is the process, and nothing is durable."""
         return self._capabilities
 
+    @property
+    def clock_offset(self) -> int:
+        """0: all handles are of one process."""
+        return 0
+
     async def open(self) -> None:
         """Nothing to do. Raises StoreClosed after ``close``."""
         self._check_open()

@@ -107,6 +107,11 @@ class SqliteStore:
         return self._capabilities
 
     @property
+    def clock_offset(self) -> int:
+        """0: all who have the file open are on one machine."""
+        return 0
+
+    @property
     def path(self) -> str:
         """The database file."""
         return self._path
