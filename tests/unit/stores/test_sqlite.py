@@ -103,16 +103,23 @@ def test_a_large_commit_has_begun_before_the_loop_goes_on(path: Path, monkeypatc
     monkeypatch.setattr(writer, "HAND_OVER", 30.0)
 
     async def scenario(pond: millpond.Pond) -> None:
-        async def look() -> tuple[bool, bool]:
+        own = pond.store._writer  # type: ignore[attr-defined]
+        sizes: list[int] = []
+        commit = own._commit_in_thread
+
+        def recorded(batch: writer.Batch) -> None:
+            sizes.append(batch.ops)
+            commit(batch)
+
+        async def look() -> list[int]:
             await asyncio.sleep(0)  # the flush that the enqueues asked for comes first
-            own = pond.store._writer  # type: ignore[attr-defined]
-            return own._away, own._begun.locked()
+            return sizes.copy()
 
         queue = pond.queue("q")
         await queue.enqueue(b"first")
-        *_, (away, locked) = await asyncio.gather(*(queue.enqueue(b"x") for _ in range(writer.SPLIT_OPS)), look())
-        assert away
-        assert not locked
+        own._commit_in_thread = recorded
+        *_, begun = await asyncio.gather(*(queue.enqueue(b"x") for _ in range(writer.SPLIT_OPS)), look())
+        assert begun == [writer.SPLIT_OPS]
 
     run(path, scenario)
 
