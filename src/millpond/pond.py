@@ -15,6 +15,7 @@ from millpond.model import names
 from millpond.model.clock import Clock, CorrectedClock, SystemClock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.queue import Queue
+from millpond.requests import PondRequests, since, snapshot
 from millpond.service.collector import Collected, collect
 from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
@@ -147,6 +148,7 @@ class Pond:
         """Which opened it; tasks, threads and connections stay behind when another forks off."""
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
+        self._requests_before = snapshot({}, {})
 
     async def open(self) -> Pond:
         """Open the store; `async with` does it. Raises StoreError."""
@@ -323,14 +325,40 @@ class Pond:
             raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
         return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
 
+    def requests(self) -> PondRequests:
+        """The requests that this pond has made, where its store charges for them, in total, per queue, and per message
+        acked; empty for other stores. Since it was opened, or since `reset_requests`. Asks the store nothing."""
+        return since(snapshot(self.store.requests(), self.service.acks), self._requests_before)
+
+    def reset_requests(self) -> None:
+        """Count `requests` from now on."""
+        self._requests_before = snapshot(self.store.requests(), self.service.acks)
+
     def statistics(self) -> dict[str, Any]:
-        """Counters of the store, the ready caches and the dispatcher, for operators."""
+        """Counters of the store, the ready caches and the dispatcher, and of requests where the store charges for them;
+        for operators."""
         import msgspec
 
+        requests = self.requests()
+        total = requests.total
+        counted: dict[str, Any] = {}
+        if total.total:
+            counted = {
+                **msgspec.structs.asdict(total),
+                "acknowledged": requests.acknowledged,
+                "queues": {
+                    f"{namespace}/{queue}": {
+                        **msgspec.structs.asdict(one.requests),
+                        "acknowledged": one.acknowledged,
+                    }
+                    for (namespace, queue), one in requests.queues.items()
+                },
+            }
         return {
             "store": self.store.statistics(),
             "ready_cache": msgspec.structs.asdict(self.service.ready_cache_stats()),
             "dispatcher": {"polls": self.dispatcher.polls},
+            "requests": counted,
         }
 
 

@@ -11,6 +11,7 @@ from millpond.errors import MillpondError
 from millpond.message import Lease
 from millpond.model.clock import Clock
 from millpond.queue import Answer, QueueCounts, Receipt
+from millpond.requests import PondRequests
 from millpond.service.collector import Collected
 from millpond.service.config import Config, QueuePolicy
 from millpond.service.ready import Record
@@ -402,5 +403,13 @@ class PondCalls:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
         to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
 
+    def requests(self) -> PondRequests:
+        """The requests that this pond has made, where its store charges for them, in total, per queue, and per message
+        acked; empty for other stores. Since it was opened, or since `reset_requests`. Asks the store nothing."""
+
+    def reset_requests(self) -> None:
+        """Count `requests` from now on."""
+
     def statistics(self) -> dict[str, Any]:
-        """Counters of the store, the ready caches and the dispatcher, for operators."""
+        """Counters of the store, the ready caches and the dispatcher, and of requests where the store charges for them;
+        for operators."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -28,6 +28,7 @@ from millpond.stores.base import (
     Op,
     Outcome,
     PutDocument,
+    QueueName,
     Store,
     Stored,
     Update,
@@ -78,6 +79,12 @@ class Core:
         """Told when something may have become ready in a queue (the dispatcher's notify)."""
         self.on_due: Callable[[str, str, int], object] = lambda namespace, queue, due: None
         """Told when something will become ready at a time (ms UTC)."""
+        self.costs = store.capabilities.requests_cost_money
+        """The store charges for what it is asked: then less is asked."""
+        self.acks: Counter[QueueName] = Counter()
+        """Messages acked, per queue; counted where requests are to be set against them."""
+        self.acked: Callable[[Item], None] = self._count_ack if self.costs else self.gone
+        """As `gone`, for a message that was acked."""
         self._caches: OrderedDict[QueueKey, ReadyCache] = OrderedDict()
         self._policies: OrderedDict[QueueKey, _Policy] = OrderedDict()
         self._refills: dict[QueueKey, asyncio.Future[bool]] = {}
@@ -206,6 +213,10 @@ class Core:
                 cache.dry = False
         if item.group is not None:
             self.on_ready(item.namespace, item.queue)
+
+    def _count_ack(self, item: Item) -> None:
+        self.acks[QueueName(item.namespace, item.queue)] += 1
+        self.gone(item)
 
     def foreign_change(self, namespace: str, queue: str) -> None:
         """Somebody else changed the queue."""
