@@ -139,6 +139,8 @@ class Pond:
             max_consumers=config.max_consumers,
             page_size=max(config.page_size, config.ready_page_size),
             watch_factory=watch_factory_from_storage(store),
+            partial_watch=store.capabilities.reach is Reach.NETWORK,
+            thrifty=store.capabilities.requests_cost_money,
         )
         self.service.on_ready = self.dispatcher.ready
         self.service.on_due = self.dispatcher.due
@@ -207,18 +209,22 @@ class Pond:
         return await self.service.list_queues()
 
     async def collect(self) -> Collected:
-        """One pass of the collector, which otherwise runs every ``collect_interval`` seconds: settles expired messages,
-        removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
+        """One pass of the collector, which otherwise runs every `Config.collect_interval` seconds: settles expired
+        messages, removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
         return await collect(self.service)
 
     def _schedule_collection(self) -> None:
         # Spread by a random part, so that processes started together do not all sweep at once.
-        interval = self.config.collect_interval * (0.75 + self.ids.below(500) / 1000)
+        interval = self.config.collecting(self.service.costs) * (0.75 + self.ids.below(500) / 1000)
         self._collect_timer = self.clock.call_later(interval, self._start_collection)
 
     def _start_collection(self) -> None:
         if self._closed:
             return
+        if self.service.costs and not self.service.looked:
+            self._schedule_collection()  # This pond only produces, or does nothing: it is to cost nothing either.
+            return
+        self.service.looked = False
 
         async def run() -> None:
             try:

@@ -209,7 +209,10 @@ class Queue:
         ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
         service = self._service
         patience = milliseconds(wait, "wait") / 1000
-        deliveries = await service.claim(self.namespace, self.name, count, visibility=visibility, owner=owner)
+        left = patience > 0 and self._dispatcher.looks_after(self.namespace, self.name)
+        deliveries = await service.claim(
+            self.namespace, self.name, count, visibility=visibility, owner=owner, check_only=left
+        )
         if not deliveries and patience:
             deliveries = await self._wait(count, patience, visibility, owner)
         return [Message(service, delivery) for delivery in deliveries]
@@ -289,7 +292,8 @@ class Queue:
         return await self._service.purge(self.namespace, self.name)
 
     async def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        """Hand nothing out until `resume`, in every process within a second (a minute where requests cost money, see
+        `Config.policy_max_age`). Safe to repeat."""
         await self._service.pause(self.namespace, self.name)
 
     async def resume(self) -> None:

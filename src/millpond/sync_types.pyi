@@ -355,7 +355,8 @@ class SyncQueue:
         """Remove every live message that no consumer holds; how many. Dead letters stay."""
 
     def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        """Hand nothing out until `resume`, in every process within a second (a minute where requests cost money, see
+        `Config.policy_max_age`). Safe to repeat."""
 
     def resume(self) -> None:
         """Hand out again. Safe to repeat."""
@@ -381,8 +382,8 @@ class PondCalls:
         """Every queue in the store, by namespace and name."""
 
     def collect(self) -> Collected:
-        """One pass of the collector, which otherwise runs every ``collect_interval`` seconds: settles expired messages,
-        removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
+        """One pass of the collector, which otherwise runs every `Config.collect_interval` seconds: settles expired
+        messages, removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
 
     def verify(self) -> builtins.list[Problem]:
         """Check the store's integrity and that every record can be read; [] when all is well."""
