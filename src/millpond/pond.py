@@ -204,6 +204,10 @@ class Pond:
         """A queue by its name; no I/O. Raises InvalidQueue."""
         return Queue(self.service, self.dispatcher, name, namespace)
 
+    async def notify(self, queue: str, *, namespace: str | None = None) -> None:
+        """As `Queue.notify`, for a queue by its name. Raises InvalidQueue."""
+        await self.queue(queue, namespace=namespace).notify()
+
     async def queues(self) -> list[QueueName]:
         """Every queue in the store, by namespace and name."""
         return await self.service.list_queues()

@@ -261,6 +261,13 @@ class Queue:
         id = names.message_id(message_id)
         return Message(self._service, Delivery(self.namespace, self.name, id, lease_id, token))
 
+    async def notify(self) -> None:
+        """Tell this process that the queue may have changed: who waits looks at once instead of at the next poll. For
+        what is told from outside Millpond, as by a bucket's notifications. Costs nothing while nobody waits; spurious
+        and repeated calls cost a look at most."""
+        self._service.foreign_change(self.namespace, self.name)
+        self._dispatcher.notify(self.namespace, self.name)
+
     # Operators
 
     async def counts(self) -> QueueCounts:

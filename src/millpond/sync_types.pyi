@@ -338,6 +338,11 @@ class SyncQueue:
         """A message held by this lease, to be answered from here: for answers that arrive by another way than the
         delivery (a command line, a web request). Nothing is read; a wrong lease shows in the answer."""
 
+    def notify(self) -> None:
+        """Tell this process that the queue may have changed: who waits looks at once instead of at the next poll. For
+        what is told from outside Millpond, as by a bucket's notifications. Costs nothing while nobody waits; spurious
+        and repeated calls cost a look at most."""
+
     def counts(self) -> QueueCounts:
         """How the queue stands now; costs the same however long it is."""
 
@@ -377,6 +382,9 @@ class PondCalls:
 
     def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
+
+    def notify(self, queue: str, *, namespace: str | None = ...) -> None:
+        """As `Queue.notify`, for a queue by its name. Raises InvalidQueue."""
 
     def queues(self) -> builtins.list[QueueName]:
         """Every queue in the store, by namespace and name."""

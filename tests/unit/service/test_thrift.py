@@ -13,7 +13,7 @@ from tests.unit.service.bench import Bench, ended, served
 from tests.unit.service.far import Far
 
 import millpond.testing
-from millpond import Config, InvalidInput, Queue
+from millpond import Config, InvalidInput, InvalidQueue, Queue
 from millpond.model.clock import ManualClock
 from millpond.stores.base import Reach
 from millpond.stores.faulty import FaultyStore
@@ -215,6 +215,44 @@ async def test_a_bare_notify_makes_who_waits_look_at_once() -> None:
         await pond.settle()
         assert got == [b"x"]
         await ended(task)
+
+
+@pytest.mark.parametrize("by", ["queue", "pond"])
+async def test_who_waits_looks_at_once_when_told_from_outside(by: str) -> None:
+    async with paid(feed=False) as (made, pond):
+        queue = pond.queue("q", namespace="shop")
+        got: list[bytes] = []
+        task = asyncio.create_task(consume(queue, 20, got))
+        await made.pass_time(307)
+        await made.elsewhere.queue("q", namespace="shop").enqueue(b"x")
+        await pond.notify("other", namespace="shop")
+        await pond.notify("q")
+        await pond.settle()
+        assert got == [], "that was another queue"
+        await (queue.notify() if by == "queue" else pond.notify("Q", namespace="shop"))
+        await pond.settle()
+        assert got == [b"x"]
+        await ended(task)
+
+
+async def test_being_told_costs_nothing_while_nobody_waits() -> None:
+    async with paid(feed=False) as (made, pond):
+        for _ in range(100):
+            await pond.queue("q").notify()
+        await made.pass_time(100)
+        assert made.calls == {}
+        with pytest.raises(InvalidQueue):
+            await pond.notify("no such name!")
+
+
+async def test_candidates_at_hand_are_looked_for_anew_when_told() -> None:
+    async with paid(feed=False) as (made, pond):
+        queue = pond.queue("q")
+        await queue.enqueue_many([b"1", b"2"])
+        assert [message.payload for message in await queue.receive()] == [b"1"]
+        await made.elsewhere.queue("q").enqueue(b"urgent", priority=9)
+        await queue.notify()
+        assert [message.payload for message in await queue.receive()] == [b"urgent"]
 
 
 async def test_a_notify_between_two_waits_is_kept_for_the_second() -> None:
