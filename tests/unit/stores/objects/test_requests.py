@@ -1,241 +1,223 @@
-"""What a bucket is asked is counted: every request, refused or not, under its queue."""
+"""How many requests an operation costs."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 import pytest
+from tests.unit.stores.objects.rig import NOW, Rig, apply, fresh, give_back, insert, lease
 
-from millpond.errors import StoreError
-from millpond.stores.base import QueueName, Requests
-from millpond.stores.objects import requests as requests_module
-from millpond.stores.objects.bucket import Bucket, Content, Entry, Folder, ObjectChanged, ObjectExists, Tag
-from millpond.stores.objects.requests import CountedBucket, queue_of
+from millpond.stores.base import Box, Insert, Inserted, PutState, Remove, Removed, Unique, Update, Updated
+from millpond.stores.objects.store import ObjectStore
 
-TAG = Tag("e", None)
-A, B = QueueName("default", "a"), QueueName("shop", "b.c-d_e")
-IN_A, IN_B = "q/default/a/m/5/x", "q/shop/b.c-d_e/policy"
+FAR = NOW + 500_000
 
 
-class Scripted:
-    """A bucket that answers as it was told to, and notes what it was asked."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, bytes] = {}
-        self.pages: list[list[Entry]] = []
-        self.found = Folder([], [])
-        self.failing: Exception | None = None
-        self.asked: list[tuple[object, ...]] = []
-        self.closed = 0
-
-    def _note(self, *call: object) -> None:
-        self.asked.append(call)
-        if self.failing is not None:
-            raise self.failing
-
-    async def create(self, name: str, data: bytes) -> Tag:
-        self._note("create", name, data)
-        return TAG
-
-    async def replace(self, name: str, data: bytes, tag: Tag) -> Tag:
-        self._note("replace", name, data, tag)
-        return TAG
-
-    async def read(self, name: str) -> Content | None:
-        self._note("read", name)
-        data = self.objects.get(name)
-        return None if data is None else Content(data, TAG, 0)
-
-    async def delete(self, name: str) -> None:
-        self._note("delete", name)
-
-    async def delete_many(self, names: list[str]) -> None:
-        self._note("delete_many", names)
-
-    async def list(self, prefix: str, *, after: str | None = None) -> AsyncIterator[list[Entry]]:
-        self._note("list", prefix, after)
-        try:
-            for page in self.pages:
-                yield page
-        finally:
-            self.closed += 1
-
-    async def folder(self, prefix: str) -> Folder:
-        self._note("folder", prefix)
-        return self.found
-
-    async def upload(self, name: str, chunks: AsyncIterator[bytes]) -> int:
-        size = 0
-        async for chunk in chunks:
-            size += len(chunk)
-        self._note("upload", name, size)
-        return size
-
-    async def download(self, name: str) -> AsyncIterator[bytes]:
-        self._note("download", name)
-        try:
-            for _ in range(3):
-                yield self.objects[name]
-        finally:
-            self.closed += 1
-
-    async def close(self) -> None:
-        self.closed += 1
+async def _life(producer: ObjectStore, consumer: ObjectStore, op: Insert) -> None:
+    await insert(producer, op)
+    [record] = (await consumer.ready("default", "q", NOW, limit=10)).records
+    held = await apply(consumer, lease(record, FAR, want_payload=True))
+    assert isinstance(held, Updated)
+    assert held.payload == b"payload"
+    assert isinstance(await apply(consumer, Remove(record.item, held.mark)), Removed)
 
 
-def entries(count: int) -> list[Entry]:
-    return [Entry(f"q/default/a/m/5/{number}", 1, TAG, 0) for number in range(count)]
+async def test_a_life_in_one_process_is_three_requests_and_a_listing() -> None:
+    rig = Rig()
+    store = await rig.store()
+    network = rig.network(store)
+    await _life(store, store, fresh(1))
+    assert [kind for kind, _ in network.calls] == ["create", "list", "replace", "delete"]
 
 
-async def chunks(*sizes: int) -> AsyncIterator[bytes]:
-    for size in sizes:
-        yield bytes(size)
+async def test_a_life_across_two_processes_is_four_requests_and_a_listing() -> None:
+    rig = Rig()
+    producer, consumer = await rig.store(), await rig.store()
+    await _life(producer, consumer, fresh(1))
+    assert [kind for kind, _ in rig.network(producer).calls] == ["create"]
+    assert [kind for kind, _ in rig.network(consumer).calls] == ["list", "read", "replace", "delete"]
+
+
+async def test_a_removal_that_must_be_fenced_is_one_request_more() -> None:
+    for options, until in (({"fenced_removals": True}, FAR), ({}, NOW + 10_000)):
+        rig = Rig(**options)
+        store = await rig.store()
+        record = await insert(store, fresh(1))
+        held = await apply(store, lease(record, until))
+        assert isinstance(held, Updated)
+        rig.network(store).reset()
+        assert isinstance(await apply(store, Remove(record.item, held.mark)), Removed)
+        assert [kind for kind, _ in rig.network(store).calls] == ["replace", "delete"]
+        assert [name for name in rig.root.objects if "/m/" in name] == []
+
+
+async def test_only_who_was_given_the_message_deletes_it_without_a_condition() -> None:
+    """Another process that answers under the same lease knows less: it asks."""
+    rig = Rig()
+    store, other = await rig.store(), await rig.store()
+    record = await insert(store, fresh(1))
+    held = await apply(store, lease(record, FAR))
+    assert isinstance(held, Updated)
+    seen = await other.get("default", "q", record.item.id)
+    assert seen is not None
+    rig.network(other).reset()
+    assert isinstance(await apply(other, Remove(seen.item, seen.mark)), Removed)
+    assert [kind for kind, _ in rig.network(other).calls] == ["replace", "delete"]
+
+
+async def test_many_lives_share_their_listings() -> None:
+    rig = Rig()
+    producer, consumer = await rig.store(), await rig.store()
+    for number in range(100):
+        await insert(producer, fresh(number))
+    page = await consumer.ready("default", "q", NOW, limit=1000)
+    assert len(page.records) == 100
+    for record in page.records:
+        held = await apply(consumer, lease(record, FAR))
+        assert isinstance(held, Updated)
+        await apply(consumer, Remove(record.item, held.mark))
+    network = rig.network(consumer)
+    assert (network.count("list"), network.count("read")) == (1, 100)
+    assert (network.count("replace"), network.count("delete"), len(network.calls)) == (100, 100, 301)
+
+
+async def test_an_idle_queue_costs_one_request_a_look() -> None:
+    rig = Rig()
+    store = await rig.store()
+    assert (await store.ready("default", "q", NOW, limit=10)).next_due is None
+    assert len(rig.network(store).calls) == 1
+    for number in range(10):
+        await insert(store, fresh(number, due=FAR + number, priority=number))
+    other = await rig.store()
+    page = await other.ready("default", "q", NOW, limit=10)
+    assert (page.records, page.more, page.next_due) == ([], False, FAR)
+    assert len(rig.network(other).calls) == 1
+
+
+async def test_what_others_hold_is_not_read_before_half_of_its_lease_is_over() -> None:
+    rig = Rig()
+    holder, other = await rig.store(), await rig.store()
+    for number in range(5):
+        await apply(holder, lease(await insert(holder, fresh(number)), NOW + 30_000))
+    network = rig.network(other)
+    page = await other.ready("default", "q", NOW, limit=10)
+    # The size of an object tells that it stays held for 16 seconds at least.
+    assert (page.records, page.next_due, network.count("read")) == ([], NOW + 16_000, 0)
+    counts = await other.counts("default", "q", NOW + 15_999)
+    assert (counts.leased, network.count("read")) == (5, 0)
+    rig.clock.advance(16)
+    page = await other.ready("default", "q", NOW + 16_000, limit=10)
+    assert (page.records, page.next_due, network.count("read")) == ([], NOW + 30_000, 5)
+    await other.ready("default", "q", NOW + 29_999, limit=10)
+    assert network.count("read") == 5
+    assert len((await other.ready("default", "q", NOW + 30_000, limit=10)).records) == 5
+    assert network.count("read") == 5
+
+
+async def test_what_waits_after_a_nack_is_not_read_before_half_of_its_delay_is_over() -> None:
+    rig = Rig()
+    store, other = await rig.store(), await rig.store()
+    record = await insert(store, fresh(1))
+    held = await apply(store, lease(record, FAR))
+    assert isinstance(held, Updated)
+    await apply(store, give_back(record.item, held.mark, NOW + 100_000))
+    page = await other.ready("default", "q", NOW, limit=10)
+    assert (page.records, page.next_due) == ([], NOW + 64_000)
+    assert rig.network(other).count("read") == 0
+    rig.clock.advance(100)
+    assert len((await other.ready("default", "q", NOW + 100_000, limit=10)).records) == 1
+
+
+async def test_a_long_queue_is_listed_no_further_than_needed() -> None:
+    rig = Rig(page_size=1000)
+    store = await rig.store()
+    await store.write([fresh(number, at=NOW - 5000 + number) for number in range(3000)])
+    await store.write([fresh(5000 + number, due=FAR + number) for number in range(2000)])
+    other = await rig.store()
+    network = rig.network(other)
+    page = await other.ready("default", "q", NOW, limit=20)
+    assert (len(page.records), page.more) == (20, True)
+    assert (network.count("list"), network.count("folder"), network.count("read")) == (1, 1, 20)
+    network.reset()
+    page = await other.ready("default", "q", NOW, limit=4000)
+    assert (len(page.records), page.more, page.next_due) == (3000, False, FAR)
+    # The last page of those that are due is followed by one that begins with those that are not.
+    assert network.count("list") == 4
+
+
+async def test_the_first_of_a_group_costs_a_pointer() -> None:
+    rig = Rig()
+    store = await rig.store()
+    network = rig.network(store)
+    for number in range(3):
+        await insert(store, fresh(number, group="g"))
+    network.reset()
+    kinds = []
+    for _ in range(3):
+        [record] = (await store.ready("default", "q", NOW, limit=10)).records
+        held = await apply(store, lease(record, FAR))
+        assert isinstance(held, Updated)
+        await apply(store, Remove(record.item, held.mark))
+        kinds.append([kind for kind, _ in network.calls])
+        network.reset()
+    assert kinds == [
+        ["list", "read", "create", "replace", "delete"],
+        ["list", "replace", "replace", "delete"],
+        ["list", "replace", "replace", "delete"],
+    ]
+
+
+async def test_a_leader_that_is_given_back_costs_nothing_more() -> None:
+    rig = Rig()
+    store = await rig.store()
+    record = await insert(store, fresh(1, group="g"))
+    held = await apply(store, lease(record, FAR))
+    assert isinstance(held, Updated)
+    back = await apply(store, give_back(record.item, held.mark, NOW))
+    assert isinstance(back, Updated)
+    rig.network(store).reset()
+    again = Update(record.item, back.mark, FAR, True, None, Box.LIVE, b"held")
+    assert isinstance(await apply(store, again), Updated)
+    assert len(rig.network(store).calls) == 1
 
 
 @pytest.mark.parametrize(
-    ("name", "queue"),
+    ("op", "kinds"),
     [
-        (IN_A, A),
-        (IN_B, B),
-        ("q/default/a/", A),
-        ("q/default/a/m/o/x/y", A),
-        ("q/default/a", None),
-        ("q/default/", None),
-        ("q/", None),
-        ("millpond.json", None),
-        ("x/default/a/m", None),
-        ("", None),
+        (fresh(1, unique=Unique("k", NOW, FAR)), ["create", "create", "replace"]),
+        # The marker; a search for a message that the queue itself made the id for; the message; the marker again.
+        (fresh(1, chosen=True), ["create", "folder", "list", "create", "replace"]),
     ],
+    ids=["unique", "chosen"],
 )
-def test_an_object_belongs_to_the_queue_in_its_name(name: str, queue: QueueName | None) -> None:
-    assert queue_of(name) == queue
+async def test_markers_cost_two_requests(op: Insert, kinds: list[str]) -> None:
+    rig = Rig()
+    store = await rig.store()
+    await insert(store, op)
+    assert [kind for kind, _ in rig.network(store).calls] == kinds
 
 
-async def test_each_kind_is_counted_under_its_queue() -> None:
-    inner = Scripted()
-    inner.objects = {IN_A: b"12345", IN_B: b"1234567"}
-    inside: Bucket = inner
-    bucket: Bucket = CountedBucket(inside)
-    assert await bucket.create(IN_A, b"123") == TAG
-    assert await bucket.replace(IN_A, b"12", TAG) == TAG
-    await bucket.create("millpond.json", b"1")
-    content = await bucket.read(IN_B)
-    assert content is not None
-    assert content.data == b"1234567"
-    assert await bucket.read("q/shop/b.c-d_e/gone") is None
-    await bucket.delete(IN_A)
-    assert [chunk async for chunk in bucket.download(IN_A)] == [b"12345"] * 3
-    assert await bucket.upload(IN_B, chunks(4, 6)) == 10
-    assert await bucket.folder("q/") == Folder([], [])
-    assert bucket.requests() == {  # type: ignore[attr-defined]
-        None: Requests(creates=1, lists=1, bytes_sent=1),
-        A: Requests(creates=1, replaces=1, deletes=1, reads=1, bytes_sent=5, bytes_received=15),
-        B: Requests(reads=2, parts=1, bytes_sent=10, bytes_received=7),
-    }
-    assert inner.asked == [
-        ("create", IN_A, b"123"),
-        ("replace", IN_A, b"12", TAG),
-        ("create", "millpond.json", b"1"),
-        ("read", IN_B),
-        ("read", "q/shop/b.c-d_e/gone"),
-        ("delete", IN_A),
-        ("download", IN_A),
-        ("upload", IN_B, 10),
-        ("folder", "q/"),
-    ]
-    await bucket.close()
-    assert inner.closed == 2
+async def test_state_is_part_of_the_message() -> None:
+    rig = Rig()
+    store = await rig.store()
+    record = await insert(store, fresh(1))
+    held = await apply(store, lease(record, FAR))
+    assert isinstance(held, Updated)
+    rig.network(store).reset()
+    await apply(store, PutState(record.item, held.mark, None, b"state"))
+    assert [kind for kind, _ in rig.network(store).calls] == ["replace"]
+    assert isinstance(await apply(store, Remove(record.item, held.mark)), Removed)
+    assert rig.network(store).count() == 2
 
 
-@pytest.mark.parametrize("error", [ObjectExists(), ObjectChanged(), StoreError("throttled")], ids=repr)
-async def test_what_is_refused_is_paid_for(error: Exception) -> None:
-    inner = Scripted()
-    inner.failing = error
-    bucket = CountedBucket(inner)
-    for call in (
-        bucket.create(IN_A, b"1"),
-        bucket.replace(IN_A, b"12", TAG),
-        bucket.read(IN_A),
-        bucket.delete(IN_A),
-        bucket.delete_many([IN_A]),
-        bucket.folder("q/default/a/m/"),
-        bucket.upload(IN_A, chunks(5)),
-        anext(bucket.list("q/default/a/m/")),
-        anext(bucket.download(IN_A)),
-    ):
-        with pytest.raises(type(error)):
-            await call
-    expected = Requests(creates=1, replaces=1, reads=2, deletes=2, lists=2, parts=1, bytes_sent=8)
-    assert bucket.requests()[A] == expected
-
-
-@pytest.mark.parametrize(("pages", "lists"), [(0, 1), (1, 1), (3, 3)])
-async def test_each_page_of_a_listing_is_a_request(pages: int, lists: int) -> None:
-    inner = Scripted()
-    inner.pages = [entries(2)] * pages
-    bucket = CountedBucket(inner)
-    found = [page async for page in bucket.list("q/default/a/m/5/", after="q/default/a/m/5/0")]
-    assert found == inner.pages
-    assert inner.asked == [("list", "q/default/a/m/5/", "q/default/a/m/5/0")]
-    assert bucket.requests()[A] == Requests(lists=lists)
-
-
-async def test_a_reader_that_stops_early_pays_for_what_it_read_and_ends_the_listing() -> None:
-    inner = Scripted()
-    inner.pages = [entries(1)] * 5
-    inner.objects = {IN_A: b"123"}
-    bucket = CountedBucket(inner)
-    pages, data = bucket.list("q/default/a/"), bucket.download(IN_A)
-    await anext(pages)
-    await anext(pages)
-    await anext(data)
-    await pages.aclose()  # type: ignore[attr-defined]
-    await data.aclose()  # type: ignore[attr-defined]
-    assert inner.closed == 2
-    assert bucket.requests()[A] == Requests(lists=2, reads=1, bytes_received=3)
-
-
-@pytest.mark.parametrize(("found", "lists"), [(0, 1), (1, 1), (1000, 1), (1001, 2), (2500, 3)])
-async def test_a_full_folder_takes_several_requests(found: int, lists: int) -> None:
-    inner = Scripted()
-    inner.found = Folder([f"q/default/{number}" for number in range(found // 2)], entries(found - found // 2))
-    bucket = CountedBucket(inner)
-    assert await bucket.folder("q/default/") == inner.found
-    assert bucket.requests() == {None: Requests(lists=lists)}
-
-
-@pytest.mark.parametrize(("count", "deletes"), [(0, 0), (1, 1), (100, 1), (101, 2)])
-async def test_deletes_are_counted_by_what_one_request_takes(count: int, deletes: int) -> None:
-    inner = Scripted()
-    bucket = CountedBucket(inner, batch=100)
-    names = [f"{IN_A}{number}" for number in range(count)]
-    await bucket.delete_many(names)
-    assert inner.asked == [("delete_many", names)]
-    assert bucket.requests().get(A, Requests()) == Requests(deletes=deletes)
-
-
-@pytest.mark.parametrize(("sizes", "parts"), [((), 1), ((9, 1), 1), ((9, 2), 4), ((10, 10, 10), 5), ((10, 21), 6)])
-async def test_an_upload_in_parts_takes_two_requests_more_than_it_has_parts(sizes: tuple[int, ...], parts: int) -> None:
-    bucket = CountedBucket(Scripted(), part_bytes=10)
-    assert await bucket.upload(IN_A, chunks(*sizes)) == sum(sizes)
-    assert bucket.requests()[A] == Requests(parts=parts, bytes_sent=sum(sizes))
-
-
-async def test_a_million_queues_are_no_million_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests_module, "MAX_QUEUES", 3)
-    bucket = CountedBucket(Scripted())
-    for number in range(10):
-        await bucket.delete(f"q/default/{number}/m/5/x")
-    assert bucket.requests() == {
-        None: Requests(deletes=7),
-        **{QueueName("default", str(number)): Requests(deletes=1) for number in range(3)},
-    }
-
-
-async def test_a_snapshot_stays_what_it_was() -> None:
-    bucket = CountedBucket(Scripted())
-    await bucket.delete(IN_A)
-    before = bucket.requests()
-    await bucket.delete(IN_A)
-    assert before[A] == Requests(deletes=1)
-    assert bucket.requests()[A] == Requests(deletes=2)
+async def test_finding_a_message_by_id() -> None:
+    rig = Rig()
+    store, other = await rig.store(), await rig.store()
+    direct, chosen = await insert(store, fresh(1)), await insert(store, fresh(2, chosen=True))
+    network = rig.network(other)
+    for record, kinds in ((direct, ["read", "folder", "list", "read"]), (chosen, ["read"] * 3)):
+        for expected in (kinds, ["read"]):
+            network.reset()
+            found = await other.get("default", "q", record.item.id)
+            assert isinstance(record, Inserted)
+            assert found is not None
+            assert found.mark == record.mark
+            assert [kind for kind, _ in network.calls] == expected
