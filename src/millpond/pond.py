@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from millpond.errors import InvalidInput, MessageNotFound, MillpondError, StoreBusy, StoreClosed, StoreCorrupt
 from millpond.model import names
-from millpond.model.clock import Clock, SystemClock, TimerHandle
+from millpond.model.clock import Clock, CorrectedClock, SystemClock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.queue import Queue
 from millpond.service.collector import Collected, collect
@@ -20,7 +20,7 @@ from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
-from millpond.stores.base import Box, Conflict, Problem, QueueName, Remove, Store
+from millpond.stores.base import Box, Conflict, Problem, QueueName, Reach, Remove, Store
 from millpond.stores.sealed import refuse_sealed
 
 if TYPE_CHECKING:
@@ -120,6 +120,9 @@ class Pond:
     ) -> None:
         """For a store of one's own; otherwise see `millpond.connect`."""
         self.clock = clock or SystemClock()
+        if store.capabilities.reach is Reach.NETWORK:
+            # Others whose clocks are not this machine's go by the same leases and due times.
+            self.clock = CorrectedClock(self.clock, lambda: store.clock_offset)
         self.config = config = config or Config()
         self.store = store
         self.ids = IdSource(self.clock, random_bytes)

@@ -47,6 +47,26 @@ class SystemClock:
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
+class CorrectedClock:
+    """A clock whose wall time is set right by an offset that is asked for each time; its timers are the inner one's.
+
+    For a store that several machines share: leases compare times, and each machine's clock is a little wrong."""
+
+    def __init__(self, inner: Clock, offset: Callable[[], int]) -> None:
+        """``offset``: milliseconds to add to the inner clock's wall time."""
+        self._inner = inner
+        self._offset = offset
+
+    def now_ms(self) -> int:
+        return self._inner.now_ms() + self._offset()
+
+    def monotonic(self) -> float:
+        return self._inner.monotonic()
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> TimerHandle:
+        return self._inner.call_later(delay, callback)
+
+
 class _ManualTimer:
     __slots__ = ("callback", "cancelled")
 

@@ -2,7 +2,8 @@
 
 Ids of one source rise strictly even when the wall clock stands still or goes back (RFC 9562 section 6.2, method 2:
 the random part is a counter that is re-seeded each millisecond). Between processes they are ordered by their clocks
-only, so nothing may take id order for the truth about who came first.
+only, so nothing may take id order for the truth about who came first. The id of a message that is not due yet tells
+when it will be (`IdSource.later_id`), so that a store which sorts by id sorts by due time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from millpond.model.clock import Clock
 _HIGH_BITS = 26
 _LOW_BITS = 48
 """The 74 random bits of a UUIDv7, cut where its last group begins: the text before that group is kept between ids."""
+_LATEST = (1 << 48) - 1
+"""The last millisecond that a UUIDv7 can tell, in the year 10889."""
 _POOL = 4096
 """Bytes of randomness fetched at once: one system call for 256 ids instead of one each (378 ns apiece, measured)."""
 
@@ -31,6 +34,8 @@ class IdSource:
         self._high = 0
         self._low = 0
         self._prefix = ""
+        self._later_ms = -1
+        self._later = 0
 
     def random(self, count: int) -> bytes:
         """``count`` (≤ 4,096) unpredictable bytes."""
@@ -67,6 +72,19 @@ class IdSource:
                     self._low = int.from_bytes(self.random(6)) >> 1
                     self._compose()
         return f"{self._prefix}{self._low:012x}"
+
+    def later_id(self, at: int) -> str:
+        """A new UUIDv7 that tells the time ``at`` (ms UTC) instead of now. Ids asked for in a row with the same time
+        rise; they are unique, as those of different sources are, by their 73 bits of chance."""
+        at = min(max(at, 0), _LATEST)
+        if at == self._later_ms:
+            self._later += 1 + int.from_bytes(self.random(4))
+        if at != self._later_ms or self._later >> _HIGH_BITS + _LOW_BITS:
+            self._later_ms = at
+            # The first bit stays 0, as in `_reseed`.
+            self._later = int.from_bytes(self.random(10)) >> (80 - _HIGH_BITS - _LOW_BITS + 1)
+        high, low = self._later >> _LOW_BITS, self._later & (1 << _LOW_BITS) - 1
+        return f"{at >> 16:08x}-{at & 0xFFFF:04x}-7{high >> 14:03x}-{0x8000 | high & 0x3FFF:04x}-{low:012x}"
 
     def _reseed(self) -> None:
         # The first bit stays 0, which leaves the counter room to count (RFC 9562 section 6.2).

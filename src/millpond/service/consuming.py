@@ -183,8 +183,9 @@ class Consuming(Producing):
         return results
 
     async def _hand_off(self, delivery: Delivery, then: Sequence[HandOff]) -> list[Enqueued]:
-        if not self.store.capabilities.atomic_groups:
-            raise StoreError("this store cannot ack and enqueue in one step")
+        capabilities = self.store.capabilities
+        if not (capabilities.atomic_groups or capabilities.hand_offs):
+            raise StoreError("this store cannot ack and enqueue in one step; enqueue first, with a dedup_key, then ack")
         drafts = []
         for hand_off in then:
             key = self.key(hand_off.namespace, hand_off.queue)

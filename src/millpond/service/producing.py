@@ -98,12 +98,13 @@ class Producing(Core):
         prepared = await prepare(source, inline_limit=self.inline_limit, limit=self.config.max_payload_bytes)
         if not isinstance(prepared, Streamed):
             return self._build(key, defaults, prepared.data, len(prepared.data), False, options, None)
-        id = self.ids.message_id() if options.message_id is None else names.message_id(options.message_id)
+        id = self._id(options) if options.message_id is None else names.message_id(options.message_id)
         if options.message_id is not None and await self.store.get(*key, id) is not None:
-            # The first enqueue with this id is in, payload and all: its blob must not be touched.
-            return self._build(key, defaults, b"", 0, False, options, id)
+            # The first enqueue with this id is in: no need to write its payload again. Should that message go before
+            # this insert, then the insert, whose payload was never written, is refused by the store.
+            return self._build(key, defaults, b"", 0, True, options, id)
         blob = await self.store.write_blob(*key, id, prepared.chunks, self.clock.now_ms())
-        return self._build(key, defaults, b"", blob.size, True, options, id)
+        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name)
 
     def _build(
         self,
@@ -114,6 +115,7 @@ class Producing(Core):
         external: bool,
         options: EnqueueOptions,
         id: str | None,
+        blob: str = "",
     ) -> _Draft:
         delay = 0
         ttl, visibility, max_attempts = defaults.ttl, defaults.visibility, defaults.max_attempts
@@ -141,9 +143,9 @@ class Producing(Core):
             attributes = self._attributes(options.attributes)
             if options.message_id is not None:
                 id = names.message_id(options.message_id)
-        if id is None:
-            id = self.ids.message_id()
         stamp = self._stamp(delay, ttl)
+        if id is None:
+            id = self.ids.message_id() if not delay or ordering_key else self.ids.later_id(stamp.status.visible_at)
         head = Head(
             HEAD_FORMAT,
             id,
@@ -168,7 +170,15 @@ class Producing(Core):
             if options.dedup_window is not None:
                 window = milliseconds(options.dedup_window, "dedup_window", positive=True)
             unique = Unique(dedup_key, stamp.now, stamp.now + window)
-        return self._finish(stamp, head, data, unique)
+        return self._finish(stamp, head, data, unique, blob, options.message_id is not None)
+
+    def _id(self, options: EnqueueOptions) -> str:
+        """The id of a message whose payload is stored before its record is made."""
+        delay = milliseconds(options.delay, "delay")
+        # A group is in order of entry, whatever its messages' delays: so are its ids.
+        if not delay or options.ordering_key:
+            return self.ids.message_id()
+        return self.ids.later_id(self.clock.now_ms() + delay)
 
     def _stamp(self, delay: int, ttl: int | None) -> _Stamp:
         """What messages that are enqueued now, with this delay and time to live, begin with."""
@@ -199,7 +209,9 @@ class Producing(Core):
         return self._finish(stamp, head, data, None)
 
     @staticmethod
-    def _finish(stamp: _Stamp, head: Head, data: bytes, unique: Unique | None) -> _Draft:
+    def _finish(
+        stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob: str = "", chosen: bool = False
+    ) -> _Draft:
         status, external = stamp.status, head.external
         op = Insert(
             Item(head.namespace, head.queue, head.id, head.priority, head.ordering_key, head.payload_size, external),
@@ -209,6 +221,8 @@ class Producing(Core):
             stamp.encoded,
             data,
             unique,
+            blob,
+            chosen,
         )
         return _Draft(op, head, status, None if external else data)
 

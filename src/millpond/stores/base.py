@@ -14,6 +14,8 @@ and the service's business. What a store owes in return:
    box of its queue. Entering is the insert, or the return from the dead box: one that comes back joins at the end, so
    that it can never become ready beside one that is held.
 6. A removed record takes payload and state with it in the same step.
+7. A payload stored apart belongs to the one record whose insert named it. Two of one message id never mix: that of a
+   refused insert falls to ``sweep``.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     durable: bool
     inline_limit: int
     """Largest payload, bytes, that belongs in the record; larger ones go to a blob."""
+    hand_offs: bool = False
+    """`Store.commit` takes a ``Remove`` followed by ``Insert`` ops: in the end all of them are applied or none, however
+    many die on the way, but others may see some of them before the rest. ``atomic_groups`` promises more."""
     takes: bool = False
     """It can choose and write in one step (`Store.take`), so that consumers never compete for the same records."""
     requests_cost_money: bool = False
@@ -70,7 +75,7 @@ class Item(msgspec.Struct, frozen=True, gc=False):
     size: int
     """Bytes of payload as its owner counts them, for ``counts``; the bytes stored may be more (encryption)."""
     external: bool
-    """The payload is a blob that ``write_blob`` stored under this id."""
+    """The payload is a blob that ``write_blob`` stored; the insert names it."""
     key: int = 0
     """The store's own locator and insertion rank; meaningless to others except that within one store a larger one was
     inserted later. 0 before the insert."""
@@ -111,7 +116,8 @@ class Unique(msgspec.Struct, frozen=True, gc=False):
 class Insert(msgspec.Struct, frozen=True, gc=False):
     """Insert a record if neither its id nor a live ``unique`` key is there.
 
-    Outcome: ``Inserted``, or ``Conflict`` with the id of the record that is in the way.
+    Outcome: ``Inserted``, or ``Conflict`` with the id of the record that is in the way. Raises StoreError when nothing
+    is in the way, but the payload is external and ``blob`` is not there, or another record's.
     """
 
     item: Item
@@ -122,6 +128,12 @@ class Insert(msgspec.Struct, frozen=True, gc=False):
     payload: bytes
     """The inline payload; empty when external."""
     unique: Unique | None = None
+    blob: str = ""
+    """`Blob.name` of the payload, as ``write_blob`` returned it; empty unless external. It is this record's from now
+    on."""
+    chosen: bool = False
+    """The id was chosen by the caller, and may be there already. Otherwise an `IdSource` made it for this insert: it is
+    nobody else's, and its time is about when the record comes due (for one with a group, when it was made)."""
 
 
 class Update(msgspec.Struct, frozen=True, gc=False):
@@ -334,6 +346,8 @@ class Blob(NamedTuple):
     """A payload stored apart."""
 
     size: int
+    name: str = ""
+    """The store's own name for it, never used twice: what `Insert.blob` must say."""
 
 
 class Problem(NamedTuple):
@@ -350,6 +364,11 @@ class Store(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
+    @property
+    def clock_offset(self) -> int:
+        """Milliseconds to add to this machine's clock for the time that all users of the store go by; it may change
+        while the store is open. 0 where they are on one machine. Asked for where ``reach`` is the network only."""
+
     async def open(self) -> None:
         """Make ready for use: create or migrate what is needed. Raises StoreMismatch, StoreBusy, StoreError."""
 
@@ -360,7 +379,8 @@ class Store(Protocol):
         """Apply each op on its own; one outcome per op, in order."""
 
     async def commit(self, ops: Sequence[Op]) -> list[Outcome]:
-        """Apply all ops in one step, or none: after any Conflict the others are ``Conflict(ABORTED)``."""
+        """Apply all ops in one step, or none: after any Conflict the others are ``Conflict(ABORTED)``. Raises
+        StoreError for what the store cannot do (see ``atomic_groups`` and ``hand_offs`` of its capabilities)."""
 
     async def get(self, namespace: str, queue: str, id: str, *, payload: bool = False) -> Stored | None:
         """The record, from whichever box it lies in."""
@@ -386,12 +406,13 @@ class Store(Protocol):
         """The inline payload of a record; None when the record is gone."""
 
     async def write_blob(self, namespace: str, queue: str, id: str, chunks: AsyncIterator[bytes], now: int) -> Blob:
-        """Store a payload apart, before its record is inserted, without holding it in memory. If ``chunks`` raises,
-        what was written is removed and the error goes on. Orphans fall to ``sweep``."""
+        """Store a payload apart, before its record is inserted, without holding it in memory. Nobody can read it until
+        an insert of that id names it. If ``chunks`` raises, what was written is removed and the error goes on. Orphans
+        fall to ``sweep``."""
 
     def read_blob(self, item: Item) -> AsyncIterator[bytes]:
-        """The payload's bytes, in chunks of at most 1 MiB. Raises MessageNotFound when it is not (or no longer) there,
-        StoreCorrupt when it is incomplete."""
+        """The payload's bytes, in chunks of at most 1 MiB. ``item`` is as the store returned it. Raises MessageNotFound
+        when it is not (or no longer) there, StoreCorrupt when it is incomplete."""
 
     async def state(self, item: Item) -> Document | None:
         """The state document of a record."""

@@ -106,6 +106,11 @@ class EncryptedStore:
         """The inner store's. ``inline_limit`` is about plaintext; what is stored is some 50 bytes more."""
         return msgspec.structs.replace(self.inner.capabilities, encrypted=True)
 
+    @property
+    def clock_offset(self) -> int:
+        """The inner store's."""
+        return self.inner.clock_offset
+
     async def open(self) -> None:
         """Open the inner store and its vault; make one in an empty store.
 
@@ -218,7 +223,7 @@ class EncryptedStore:
             unique = Unique(self._hash("unique", item, unique.key), unique.now, unique.until)
         if item.group is not None:
             item = msgspec.structs.replace(item, group=self._hash("group", item, item.group))
-        return Insert(item, op.due, op.expires, head, status, payload, unique)
+        return Insert(item, op.due, op.expires, head, status, payload, unique, op.blob, op.chosen)
 
     def _seal_reseal(self, op: Reseal) -> Reseal:
         return Reseal(
@@ -405,8 +410,8 @@ class EncryptedStore:
             yield sealer.finish()
 
         async with aclosing(sealed()) as pieces:
-            await self.inner.write_blob(namespace, queue, id, pieces, now)
-        return Blob(sealer.size)
+            blob = await self.inner.write_blob(namespace, queue, id, pieces, now)
+        return Blob(sealer.size, blob.name)
 
     async def read_blob(self, item: Item) -> AsyncIterator[bytes]:
         """The payload in chunks of at most 256 KiB, each proven before it is yielded, the end proven at the end.

@@ -181,6 +181,11 @@ class FaultyStore:
         """The inner store's."""
         return self.inner.capabilities
 
+    @property
+    def clock_offset(self) -> int:
+        """The inner store's."""
+        return self.inner.clock_offset
+
     async def open(self) -> None:
         """Open the inner store."""
         self._check_alive()

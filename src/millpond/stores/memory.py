@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -63,6 +63,15 @@ TAKE_PAYLOAD = 16384
 _Undo = list[Callable[[], None]]
 
 
+class StoredBlob(NamedTuple):
+    """A payload stored apart."""
+
+    place: tuple[str, str, str]
+    """Namespace, queue and message id that it was written for."""
+    data: bytes
+    written_at: int
+
+
 class _Data:
     """What the handles of one memory store share."""
 
@@ -74,8 +83,9 @@ class _Data:
         self.expiring_queue: dict[int, QueueRecords] = {}
         self.ending: SortedSet[tuple[Any, ...]] = SortedSet()
         """(until, namespace, queue, unique key)."""
-        self.blobs: dict[tuple[str, str, str], tuple[bytes, int]] = {}
-        """(namespace, queue, id) → (payload, written at)."""
+        self.last_blob = 0
+        self.blobs: dict[str, StoredBlob] = {}
+        """By name."""
         self.subscriptions: dict[QueueName, list[_Subscription]] = {}
 
 
@@ -145,6 +155,11 @@ class MemoryStore:
         """What a store in memory can do; ``reach`` is the process, and nothing is durable."""
         return self._capabilities
 
+    @property
+    def clock_offset(self) -> int:
+        """0: all handles are of one process."""
+        return 0
+
     async def open(self) -> None:
         """Nothing to do. Raises StoreClosed after ``close``."""
         self._check_open()
@@ -168,10 +183,12 @@ class MemoryStore:
         self._writes += 1
         changed: set[Change] = set()
         undo: _Undo = []
-        outcomes = []
-        for op in ops:
-            outcomes.append(self._apply(op, undo, changed))
-            undo.clear()
+        try:
+            outcomes = [self._apply(op, undo, changed) for op in ops]
+        except StoreError:
+            for step in reversed(undo):
+                step()
+            raise
         self._announce(changed)
         return outcomes
 
@@ -183,7 +200,12 @@ class MemoryStore:
         undo: _Undo = []
         outcomes: list[Outcome] = []
         for index, op in enumerate(ops):
-            outcome = self._apply(op, undo, changed)
+            try:
+                outcome = self._apply(op, undo, changed)
+            except StoreError:
+                for step in reversed(undo):
+                    step()
+                raise
             if isinstance(outcome, Conflict):
                 for step in reversed(undo):
                     step()
@@ -224,6 +246,9 @@ class MemoryStore:
             taken = queue.unique.get(op.unique.key)
             if taken is not None and taken[0] > op.unique.now:
                 return Conflict(Cause.UNIQUE, taken[1])
+        if item.external and not self._loose(op.blob, (item.namespace, item.queue, item.id)):
+            raise StoreError(f"the payload of message {item.id} is not in the store (any more); write it again")
+        if op.unique is not None:
             self._set_unique(name, queue, op.unique, item.id, undo)
         data.last_key += 1
         record = Record(
@@ -232,6 +257,7 @@ class MemoryStore:
             op.head,
             op.status,
             op.payload,
+            op.blob,
         )
         self._add(queue, record)
         undo.append(lambda: self._discard(queue, record))
@@ -288,10 +314,9 @@ class MemoryStore:
         undo.append(lambda: self._add(queue, record))
         item = record.item
         if item.external:
-            place = (item.namespace, item.queue, item.id)
-            blob = self._data.blobs.pop(place, None)
+            blob = self._data.blobs.pop(record.blob, None)
             if blob is not None:
-                undo.append(lambda: self._data.blobs.update({place: blob}))
+                undo.append(lambda: self._data.blobs.update({record.blob: blob}))
         if item.group is not None:
             changed.add(Change(item.namespace, item.queue))
         return Removed()
@@ -480,17 +505,20 @@ class MemoryStore:
         async for chunk in chunks:
             collected += chunk
         self._check_open()
-        self._data.blobs[namespace, queue, id] = (bytes(collected), now)
-        return Blob(len(collected))
+        self._data.last_blob += 1
+        name = str(self._data.last_blob)
+        self._data.blobs[name] = StoredBlob((namespace, queue, id), bytes(collected), now)
+        return Blob(len(collected), name)
 
     async def read_blob(self, item: Item) -> AsyncIterator[bytes]:
         """The payload's bytes in chunks. Raises MessageNotFound."""
         self._check_open()
-        blob = self._data.blobs.get((item.namespace, item.queue, item.id))
+        record = self._record(item)
+        blob = self._data.blobs.get(record.blob) if record is not None else None
         if blob is None:
             raise MessageNotFound(f"the payload of message {item.id} is not (or no longer) there")
-        for start in range(0, len(blob[0]), _CHUNK):
-            yield blob[0][start : start + _CHUNK]
+        for start in range(0, len(blob.data), _CHUNK):
+            yield blob.data[start : start + _CHUNK]
 
     async def state(self, item: Item) -> Document | None:
         """The state document of a record."""
@@ -539,21 +567,30 @@ class MemoryStore:
         """Remove old blobs without a record, ended unique keys, and what is left of empty queues."""
         self._check_open()
         data = self._data
-        orphans = [place for place, (_, at) in data.blobs.items() if now - at > older_than and not self._owned(place)]
-        for place in orphans[:limit]:
-            del data.blobs[place]
+        orphans = [
+            name
+            for name, blob in data.blobs.items()
+            if now - blob.written_at > older_than and self._loose(name, blob.place)
+        ]
+        for name in orphans[:limit]:
+            del data.blobs[name]
         ended = 0
         while ended < limit and (entry := data.ending.first) is not None and entry[0] <= now:
             data.ending.remove(entry)
             del data.queues[QueueName(entry[1], entry[2])].unique[entry[3]]
             ended += 1
-        for name in [name for name, queue in data.queues.items() if not queue.holds_something and not queue.unique]:
-            del data.queues[name]
+        for empty in [name for name, queue in data.queues.items() if not queue.holds_something and not queue.unique]:
+            del data.queues[empty]
         return len(orphans[:limit]) + ended
 
-    def _owned(self, place: tuple[str, str, str]) -> bool:
+    def _loose(self, name: str, place: tuple[str, str, str]) -> bool:
+        """Whether there is a blob of this name, written for the message at ``place``, that no record has."""
+        blob = self._data.blobs.get(name)
+        if blob is None or blob.place != place:
+            return False
         queue = self._data.queues.get(QueueName(place[0], place[1]))
-        return queue is not None and place[2] in queue.by_id
+        record = queue.by_id.get(place[2]) if queue is not None else None
+        return record is None or record.blob != name
 
     async def verify(self) -> list[Problem]:
         """Compare every index and counter with the records."""
@@ -569,7 +606,7 @@ class MemoryStore:
                 item = record.item
                 if record.mark.expires is not None and record.mark.box is Box.LIVE:
                     expiring.add((record.mark.expires, item.key))
-                if item.external and (item.namespace, item.queue, item.id) not in self._data.blobs:
+                if item.external and record.blob not in self._data.blobs:
                     problems.append(Problem(f"message {item.id}", "its payload is missing"))
         if set(self._data.expiring) != expiring:
             problems.append(Problem("store", "the index of expiry times is not that of the records"))

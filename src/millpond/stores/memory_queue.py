@@ -9,9 +9,21 @@ from millpond.stores.ordered import SortedSet
 class Record:
     """A stored record. The indexes of its `QueueRecords` mirror ``item``, ``mark`` and ``blocked``."""
 
-    __slots__ = ("blocked", "head", "item", "mark", "payload", "place", "state", "state_version", "status", "version")
+    __slots__ = (
+        "blob",
+        "blocked",
+        "head",
+        "item",
+        "mark",
+        "payload",
+        "place",
+        "state",
+        "state_version",
+        "status",
+        "version",
+    )
 
-    def __init__(self, item: Item, mark: Mark, head: bytes, status: bytes, payload: bytes) -> None:
+    def __init__(self, item: Item, mark: Mark, head: bytes, status: bytes, payload: bytes, blob: str = "") -> None:
         self.item = item
         self.mark = mark
         self.place = item.key
@@ -20,6 +32,8 @@ class Record:
         self.head = head
         self.status = status
         self.payload = payload
+        self.blob = blob
+        """The name of the payload where it is external."""
         self.state: bytes | None = None
         self.state_version = 0
         """Only grows, also over a delete of the state, so that no state ETag comes back."""

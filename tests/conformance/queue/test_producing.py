@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -11,7 +12,8 @@ import msgspec
 import pytest
 
 import millpond
-from millpond import Config, InvalidInput, InvalidMessageId, InvalidQueue, PayloadNotLoaded, TooLarge
+from millpond import Config, InvalidInput, InvalidMessageId, InvalidQueue, PayloadNotLoaded, StoreError, TooLarge
+from millpond.stores.base import Remove
 
 if TYPE_CHECKING:
     from tests.conformance.queue.conftest import World
@@ -411,3 +413,72 @@ async def test_the_callers_own_id_with_a_large_payload(world: World) -> None:
         await queue.enqueue(b"1" * LARGE, message_id=ID)
         assert await queue.enqueue(b"2" * (LARGE + 1), message_id=ID) == (ID, True)
         assert await (await world.one(queue)).read() == b"1" * LARGE
+
+
+async def _upload(queue: millpond.Queue, payload: bytes, begun: asyncio.Event, go_on: asyncio.Event) -> Any:
+    async def source() -> AsyncIterator[bytes]:
+        yield payload[:-1]
+        begun.set()
+        await go_on.wait()
+        yield payload[-1:]
+
+    return await queue.enqueue(source(), message_id=ID)
+
+
+@pytest.mark.parametrize("winner", [0, 1])
+async def test_large_payloads_under_one_id_at_once_are_not_mixed_up(world: World, winner: int) -> None:
+    async with world.queue() as here, world.queue() as there:
+        payloads = [b"1" * LARGE, b"2" * (LARGE + 10)]
+        begun = [asyncio.Event(), asyncio.Event()]
+        go_on = [asyncio.Event(), asyncio.Event()]
+        uploads = []
+        for number, queue in enumerate((here, there)):
+            uploads.append(asyncio.ensure_future(_upload(queue, payloads[number], begun[number], go_on[number])))
+            await world.soon(asyncio.ensure_future(begun[number].wait()))
+        for number in (winner, 1 - winner):
+            go_on[number].set()
+            assert await world.soon(uploads[number]) == (ID, number != winner)
+        message = await world.one(there)
+        assert message.payload_size == len(payloads[winner])
+        assert await message.read() == payloads[winner]
+        await message.ack()
+
+
+async def test_an_ack_leaves_an_upload_under_the_same_id_alone(world: World) -> None:
+    async with world.queue() as queue:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+        upload = asyncio.ensure_future(_upload(queue, b"2" * LARGE, begun, go_on))
+        await world.soon(asyncio.ensure_future(begun.wait()))
+        await queue.enqueue(b"1" * LARGE, message_id=ID)
+        message = await world.one(queue)
+        assert await message.read() == b"1" * LARGE
+        await message.ack()
+        go_on.set()
+        assert await world.soon(upload) == (ID, False)
+        assert await (await world.one(queue)).read() == b"2" * LARGE
+
+
+class _Vanishing:
+    """A store in which a message is gone as soon as it has been looked up."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def get(self, *where: Any, **options: Any) -> Any:
+        stored = await self.inner.get(*where, **options)
+        if stored is not None:
+            await self.inner.write([Remove(stored.item, stored.mark)])
+        return stored
+
+
+async def test_a_payload_is_never_lost_to_a_message_that_goes_meanwhile(world: World) -> None:
+    async with world.queue(around=_Vanishing) as queue:
+        await queue.enqueue(b"1" * LARGE, message_id=ID)
+        with pytest.raises(StoreError, match="write it again"):
+            await queue.enqueue(b"2" * LARGE, message_id=ID)
+        await _nothing_written(queue)
+        assert await queue.enqueue(b"2" * LARGE, message_id=ID) == (ID, False)
+        assert await (await world.one(queue)).read() == b"2" * LARGE

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millpond.model.clock import ManualClock, SystemClock
+from millpond.model.clock import CorrectedClock, ManualClock, SystemClock
 
 START = 1_750_000_000_000
 
@@ -131,3 +131,18 @@ def test_the_system_clock_runs_timers_on_the_loop() -> None:
         return fired
 
     assert asyncio.run(main()) == []
+
+
+def test_a_corrected_clock_follows_its_offset_and_the_timers_do_not() -> None:
+    inner = ManualClock(START)
+    offset = 250
+    clock = CorrectedClock(inner, lambda: offset)
+    fired: list[int] = []
+    clock.call_later(1, lambda: fired.append(clock.now_ms() - START))
+    assert (clock.now_ms(), clock.monotonic()) == (START + 250, 0.0)
+    inner.advance(0.5)
+    offset = -1000
+    assert (clock.now_ms(), clock.monotonic()) == (START - 500, 0.5)
+    clock.call_later(0.1, lambda: fired.append(-1)).cancel()
+    inner.advance(0.5)
+    assert fired == [0]

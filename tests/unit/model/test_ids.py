@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable
 
@@ -109,6 +110,46 @@ def test_below_stays_below() -> None:
     seen = {source.below(7) for _ in range(1000)}
     assert seen == set(range(7))
     assert {source.below(1) for _ in range(10)} == {0}
+
+
+@given(st.integers(-5, 2**48 + 5), st.sampled_from([0, 0x5A, 0xFF, None]))
+def test_an_id_for_later_tells_its_time(at: int, byte: int | None) -> None:
+    source = IdSource(ManualClock()) if byte is None else IdSource(ManualClock(), constant(byte))
+    ids = [source.later_id(at) for _ in range(3)]
+    assert ids == sorted(set(ids))
+    for id in ids:
+        parsed = uuid.UUID(id)
+        assert (str(parsed), parsed.version, parsed.variant) == (id, 7, uuid.RFC_4122)
+        assert parsed.int >> 80 == min(max(at, 0), 2**48 - 1)
+        assert names.message_id(id) == id
+
+
+def test_ids_for_later_are_told_apart_by_chance() -> None:
+    clock = ManualClock()
+    of_others = {IdSource(clock).later_id(START)[15:] for _ in range(100)}
+    assert len(of_others) == 100
+    source = IdSource(clock)
+    ids = [source.later_id(START + number % 2) for number in range(10_000)]
+    assert len({id[15:] for id in ids}) == len(ids), "seeded anew whenever the time is another one"
+    row = [int(source.later_id(START)[-12:], 16) for _ in range(100)]
+    assert len({later - earlier for earlier, later in itertools.pairwise(row)}) > 90, "nobody can tell the next"
+
+
+def test_ids_for_later_leave_the_others_rising() -> None:
+    source = IdSource(ManualClock())
+    made = []
+    for delay in (60_000, 0, -60_000, 1):
+        made.append(source.message_id())
+        source.later_id(START + delay)
+    assert made == sorted(set(made))
+    assert {uuid.UUID(id).int >> 80 for id in made} == {START}
+
+
+def test_the_counter_of_ids_for_later_does_not_run_over() -> None:
+    source = IdSource(ManualClock(), constant(0xFF))
+    first = source.later_id(START)
+    source._later = (1 << 74) - 1
+    assert source.later_id(START) == first
 
 
 def counter(id: str) -> int:

@@ -25,6 +25,7 @@ from millpond.errors import (
 from millpond.model import codec
 from millpond.model.clock import ManualClock
 from millpond.stores.base import (
+    Blob,
     Box,
     Cause,
     Conflict,
@@ -83,8 +84,11 @@ def insert(of: Item, *, payload: bytes = PAYLOAD, unique: Unique | None = None, 
     return Insert(of, due, None, HEAD, STATUS, b"" if of.external else payload, unique)
 
 
-async def add(store: EncryptedStore | MemoryStore, of: Item, **options: Any) -> tuple[Item, Mark]:
-    (outcome,) = await store.write([insert(of, **options)])
+async def add(
+    store: EncryptedStore | MemoryStore, of: Item, blob: Blob | None = None, **options: Any
+) -> tuple[Item, Mark]:
+    op = insert(of, **options)
+    (outcome,) = await store.write([op if blob is None else msgspec.structs.replace(op, blob=blob.name)])
     assert isinstance(outcome, Inserted)
     return outcome.item, outcome.mark
 
@@ -197,7 +201,7 @@ def test_a_payload_stored_apart(size: int) -> None:
         data = os.urandom(size)
         blob = await store.write_blob("default", "orders", item(1).id, pieces(data[: size // 3], data[size // 3 :]), 0)
         assert blob.size == size
-        of, mark = await add(store, item(1, external=True))
+        of, mark = await add(store, item(1, external=True), blob)
         assert await collect(store.read_blob(of)) == data
         assert await store.payload(of) == b""
         (outcome,) = await store.write([update(of, mark, want=True)])
@@ -238,8 +242,8 @@ def test_a_reader_may_leave_early() -> None:
 
     async def scenario() -> None:
         store = await opened(Watched(clock=ManualClock()))
-        await store.write_blob("default", "orders", item(1).id, pieces(bytes(8 * CHUNK_BYTES)), 0)
-        of, _ = await add(store, item(1, external=True))
+        blob = await store.write_blob("default", "orders", item(1).id, pieces(bytes(8 * CHUNK_BYTES)), 0)
+        of, _ = await add(store, item(1, external=True), blob)
         chunks = store.read_blob(of)
         assert len(await anext(chunks)) == CHUNK_BYTES
         await chunks.aclose()  # type: ignore[attr-defined]
@@ -255,8 +259,8 @@ def test_the_storage_shows_no_secret() -> None:
     async def fill(store: EncryptedStore | MemoryStore) -> None:
         of, mark = await add(store, item(1, group="customer-7"), unique=Unique("invoice-9", 0, 1000))
         await store.write([PutState(of, mark, None, STATE), PutDocument("default", "orders", None, POLICY)])
-        await store.write_blob("default", "orders", item(2).id, pieces(PAYLOAD), 0)
-        await add(store, item(2, external=True))
+        blob = await store.write_blob("default", "orders", item(2).id, pieces(PAYLOAD), 0)
+        await add(store, item(2, external=True), blob)
         dead, mark = await add(store, item(3))
         await store.write([update(dead, mark, box=Box.DEAD)])
 
@@ -394,11 +398,11 @@ def test_a_changed_payload_stored_apart_never_ends_well(name: str) -> None:
         inner = memory()
         store = await opened(inner)
         data = os.urandom(2 * CHUNK_BYTES + 100)
-        await store.write_blob("default", "orders", item(1).id, pieces(data), 0)
-        of, _ = await add(store, item(1, external=True))
-        place = ("default", "orders", of.id)
-        sealed, at = inner._data.blobs[place]
-        inner._data.blobs[place] = (BLOB_CHANGES[name](sealed), at)
+        blob = await store.write_blob("default", "orders", item(1).id, pieces(data), 0)
+        of, _ = await add(store, item(1, external=True), blob)
+        stored = inner._data.blobs[blob.name]
+        sealed = stored.data
+        inner._data.blobs[blob.name] = stored._replace(data=BLOB_CHANGES[name](sealed))
         read = bytearray()
 
         async def take() -> None:
@@ -417,11 +421,11 @@ def test_a_stream_key_that_the_store_lacks() -> None:
     async def scenario() -> None:
         inner = memory()
         store = await opened(inner)
-        await store.write_blob("default", "orders", item(1).id, pieces(b"x"), 0)
-        of, _ = await add(store, item(1, external=True))
-        place = ("default", "orders", of.id)
-        sealed, at = inner._data.blobs[place]
-        inner._data.blobs[place] = (sealed[:6] + b"\x05" + sealed[7:], at)
+        blob = await store.write_blob("default", "orders", item(1).id, pieces(b"x"), 0)
+        of, _ = await add(store, item(1, external=True), blob)
+        stored = inner._data.blobs[blob.name]
+        sealed = stored.data
+        inner._data.blobs[blob.name] = stored._replace(data=sealed[:6] + b"\x05" + sealed[7:])
         with pytest.raises(UnknownKey, match="needs stream key 5, which the store lacks"):
             await collect(store.read_blob(of))
 

@@ -47,8 +47,8 @@ async def source(data: bytes) -> AsyncIterator[bytes]:
 
 
 async def add(store: EncryptedStore | MemoryStore, data: bytes = b"payload") -> Item:
-    await store.write_blob("default", "q", ID, source(data), 0)
-    [outcome] = await store.write([Insert(EXTERNAL, 0, None, BYTES, BYTES, b"")])
+    blob = await store.write_blob("default", "q", ID, source(data), 0)
+    [outcome] = await store.write([Insert(EXTERNAL, 0, None, BYTES, BYTES, b"", None, blob.name)])
     assert isinstance(outcome, Inserted)
     return outcome.item
 

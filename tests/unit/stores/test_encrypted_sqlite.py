@@ -61,10 +61,9 @@ async def fill(store: Store) -> None:
     assert isinstance(changed, Updated)
     await store.write([PutState(outcome.item, changed.mark, None, b"the-state-text")])
     await store.write([PutDocument("default", "orders", None, b"the-policy-text")])
-    await store.write_blob("default", "orders", APART, large(), 0)
-    (outcome,) = await store.write(
-        [Insert(Item("default", "orders", APART, 5, None, len(LARGE), True), 0, None, HEAD, STATUS, b"")]
-    )
+    blob = await store.write_blob("default", "orders", APART, large(), 0)
+    apart = Item("default", "orders", APART, 5, None, len(LARGE), True)
+    (outcome,) = await store.write([Insert(apart, 0, None, HEAD, STATUS, b"", None, blob.name)])
     assert isinstance(outcome, Inserted)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -158,11 +158,18 @@ def test_verify_sees_damage(damage: Callable[[MemoryStore], None]) -> None:
     asyncio.run(main())
 
 
+async def _empty() -> AsyncIterator[bytes]:
+    return
+    yield b""
+
+
 def test_verify_misses_a_payload() -> None:
     async def main() -> None:
         one = store()
         item = Item("default", "q", "0197a3c2-0000-7000-8000-000000000001", 5, None, 3, True)
-        await one.write([Insert(item, NOW, None, b"head", b"status", b"")])
+        blob = await one.write_blob("default", "q", item.id, _empty(), NOW)
+        await one.write([Insert(item, NOW, None, b"head", b"status", b"", None, blob.name)])
+        one._data.blobs.clear()
         (problem,) = await one.verify()
         assert "payload is missing" in problem.what
 

@@ -86,7 +86,8 @@ def item(number: int, *, group: str | None = None, external: bool = False, queue
 
 async def add(store: EncryptedStore | MemoryStore, of: Item, unique: Unique | None = None) -> tuple[Item, Mark]:
     payload = b"" if of.external else f"payload {of.id}".encode()
-    (outcome,) = await store.write([Insert(of, 0, None, HEAD, STATUS, payload, unique)])
+    blob = (await store.write_blob("default", "orders", of.id, large(), 0)).name if of.external else ""
+    (outcome,) = await store.write([Insert(of, 0, None, HEAD, STATUS, payload, unique, blob)])
     assert isinstance(outcome, Inserted)
     return outcome.item, outcome.mark
 
@@ -110,7 +111,6 @@ async def fill(store: EncryptedStore | MemoryStore, *, external: bool = True) ->
     dead, mark = await add(store, item(6, queue="other"))
     await store.write([Update(dead, mark, 0, False, None, Box.DEAD, STATUS)])
     if external:
-        await store.write_blob("default", "orders", item(7).id, large(), 0)
         await add(store, item(7, external=True))
     await store.write([PutDocument("default", "orders", None, b"policy")])
 
@@ -218,11 +218,9 @@ def test_streams_to_come_have_a_key_that_the_old_root_key_never_covered() -> Non
         await fill(old)
         new = await opened(beside(inner), BOTH)
         await rekey(new)
-        await new.write_blob("default", "orders", item(20).id, large(), 0)
         of, _ = await add(new, item(20, external=True))
-        blobs = inner._data.blobs
-        assert blobs["default", "orders", item(7).id][0][3:7] == bytes(4)
-        assert blobs["default", "orders", item(20).id][0][3:7] == b"\0\0\0\1"
+        generations = {blob.place[2]: blob.data[3:7] for blob in inner._data.blobs.values()}
+        assert generations == {item(7).id: bytes(4), item(20).id: b"\0\0\0\1"}
         # A process that opened the store before, with the newest key in its ring, finds the new stream key.
         early = await opened(beside(inner), BOTH)
         early._vault = old._vault
@@ -519,7 +517,6 @@ def test_sealed_messages_with_payloads_apart_are_renewed_whatever_else_is_accept
     async def scenario() -> None:
         inner = memory()
         old = await opened(inner, OLD)
-        await old.write_blob("default", "orders", item(7).id, large(), 0)
         await add(old, item(7, external=True))
         store = await opened(beside(inner), BOTH, accept_plain=accept_plain)
         assert await rekey(store) == 1
@@ -535,7 +532,6 @@ def test_sealed_messages_with_payloads_apart_are_renewed_whatever_else_is_accept
 def test_what_was_left_plain_is_told_of_once_and_not_when_it_has_gone(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario() -> None:
         inner = memory()
-        await inner.write_blob("default", "orders", item(7).id, large(), 0)
         plain, _ = await add(inner, item(7, external=True))
         await add(inner, item(1))
         store = await opened(beside(inner), NEW, accept_plain=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from millpond.errors import MessageNotFound
+from millpond.errors import MessageNotFound, StoreError
 from millpond.stores.base import (
+    Blob,
     Box,
     Cause,
     Conflict,
@@ -147,12 +148,12 @@ async def _bytes(store: Store, what: Item) -> bytes:
     return b"".join(parts)
 
 
-def _external(number: int, size: int) -> Insert:
-    return Insert(item(number, size=size, external=True), NOW, None, b"head", b"status", b"")
+def _external(number: int, blob: Blob) -> Insert:
+    return Insert(item(number, size=blob.size, external=True), NOW, None, b"head", b"status", b"", None, blob.name)
 
 
-async def _blob(store: Store, number: int, *parts: bytes, now: int = NOW) -> int:
-    return (await store.write_blob("default", "q", ident(number), chunks(*parts), now)).size
+async def _blob(store: Store, number: int, *parts: bytes, now: int = NOW) -> Blob:
+    return await store.write_blob("default", "q", ident(number), chunks(*parts), now)
 
 
 @check
@@ -170,15 +171,18 @@ async def blobs_come_back(harness: Harness) -> None:
             [every * 9000, b"-", every * 300, b"\x00"],
             [b"%d," % number for number in range(5000)],
         ]
+        items = []
         for number, parts in enumerate(sources):
             whole = b"".join(parts)
-            same(await _blob(store, number, *parts), len(whole), "the size of the blob")
-            record = await put_one(store, _external(number, len(whole)))
+            blob = await _blob(store, number, *parts)
+            same(blob.size, len(whole), "the size of the blob")
+            record = await put_one(store, _external(number, blob))
+            items.append(record.item)
             same(await _bytes(store, record.item) == whole, True, f"blob {number} of {len(whole)} bytes")
             holds(not await store.payload(record.item), "an external payload is not inline")
         for number, parts in enumerate(sources):
             whole = b"".join(parts)
-            same(await _bytes(store, item(number, external=True)) == whole, True, f"blob {number}, read again")
+            same(await _bytes(store, items[number]) == whole, True, f"blob {number}, read again")
         counts = await store.counts("default", "q", NOW)
         same(counts.bytes, sum(len(part) for parts in sources for part in parts), "bytes in the queue")
 
@@ -188,8 +192,9 @@ async def missing_blob_is_not_found(harness: Harness) -> None:
     """Reading a payload that was never written, is another's, or went with its record, says so."""
     async with opened(harness) as store:
         await raises(_bytes(store, item(1, external=True)), MessageNotFound, "a blob that was never written")
-        await _blob(store, 1, b"data")
-        record = await put_one(store, _external(1, 4))
+        blob = await _blob(store, 1, b"data")
+        await raises(_bytes(store, item(1, external=True)), MessageNotFound, "a blob without a record")
+        record = await put_one(store, _external(1, blob))
         for other in (item(1, queue="p", external=True), item(2, external=True)):
             await raises(_bytes(store, other), MessageNotFound, "another message's blob")
         dead = await bury(store, record)
@@ -214,8 +219,7 @@ async def failing_source_leaves_nothing(harness: Harness) -> None:
             writing = store.write_blob("default", "q", ident(number), breaking(size), NOW)
             await raises(writing, _SourceBroke, f"a source that breaks after {size} bytes")
             await raises(_bytes(store, item(number, external=True)), MessageNotFound, "the blob that was cut short")
-        same(await _blob(store, 1, b"whole"), 5, "a second try")
-        record = await put_one(store, _external(1, 5))
+        record = await put_one(store, _external(1, await _blob(store, 1, b"whole")))
         same(await _bytes(store, record.item), b"whole", "the blob of the second try")
 
 
@@ -239,21 +243,22 @@ async def waiting_source_holds_up_nobody(harness: Harness) -> None:
         await soon(started, "the first piece of the blob")
         try:
             await asyncio.wait_for(put_one(store, insertion(2)), 10)
-            await asyncio.wait_for(_blob(store, 3, b"quick"), 10)
+            quick = await asyncio.wait_for(_blob(store, 3, b"quick"), 10)
         finally:
             go_on.set()
-        same((await writing).size, 2 * MIB + 3, "the size of the slow blob")
-        record = await put_one(store, _external(1, 2 * MIB + 3))
+        blob = await writing
+        same(blob.size, 2 * MIB + 3, "the size of the slow blob")
+        record = await put_one(store, _external(1, blob))
         same(await _bytes(store, record.item) == bytes(2 * MIB) + b"end", True, "the slow blob")
-        await put_one(store, _external(3, 5))
+        record = await put_one(store, _external(3, quick))
+        same(await _bytes(store, record.item), b"quick", "the quick blob")
 
 
 @check
 async def reader_may_stop_early(harness: Harness) -> None:
     """A blob that is read in part holds nothing afterwards; several readers are independent of each other."""
     async with opened(harness) as store:
-        await _blob(store, 1, bytes(5 * MIB))
-        record = await put_one(store, _external(1, 5 * MIB))
+        record = await put_one(store, _external(1, await _blob(store, 1, bytes(5 * MIB))))
         reader = store.read_blob(record.item)
         holds(len(await anext(reader)) > 0, "the first chunk")
         closing = getattr(reader, "aclose", None)
@@ -268,16 +273,19 @@ async def reader_may_stop_early(harness: Harness) -> None:
 async def sweep_collects_orphans_by_age(harness: Harness) -> None:
     """A blob without a record goes when it is old; one with a record, or young, stays."""
     async with opened(harness) as store:
-        for number, written in ((1, NOW - 5000), (2, NOW - 5000), (3, NOW - 10), (4, NOW - 5000)):
-            await _blob(store, number, b"data", now=written)
-        owned = await put_one(store, _external(2, 4))
-        dead = await bury(store, await put_one(store, _external(4, 4)))
+        blobs = {
+            number: await _blob(store, number, b"data", now=written)
+            for number, written in ((1, NOW - 5000), (2, NOW - 5000), (3, NOW - 10), (4, NOW - 5000))
+        }
+        owned = await put_one(store, _external(2, blobs[2]))
+        dead = await bury(store, await put_one(store, _external(4, blobs[4])))
         same(await store.sweep(NOW, older_than=10_000, limit=100), 0, "what a sweep of the very old removes")
         same(await store.sweep(NOW, older_than=1000, limit=100), 1, "what the sweep removes")
-        await raises(_bytes(store, item(1, external=True)), MessageNotFound, "the orphan")
+        await raises(store.write([_external(1, blobs[1])]), StoreError, "an insert whose payload was swept")
+        same(await store.get("default", "q", ident(1)), None, "its record")
         same(await _bytes(store, owned.item), b"data", "the blob with a record")
         same(await _bytes(store, dead.item), b"data", "the blob of a dead letter")
-        young = await put_one(store, _external(3, 4))
+        young = await put_one(store, _external(3, blobs[3]))
         same(await _bytes(store, young.item), b"data", "the young blob, whose record came late")
         same(await store.sweep(NOW, older_than=1000, limit=100), 0, "what a second sweep removes")
 
@@ -308,14 +316,65 @@ async def sweep_respects_its_limit(harness: Harness) -> None:
 async def refused_insert_leaves_its_blob_to_the_sweep(harness: Harness) -> None:
     """A blob whose record was refused is an orphan; the one of the record in the way is not touched."""
     async with opened(harness) as store:
-        await _blob(store, 1, b"first")
-        await put_one(store, _external(1, 5))
-        await refused(store, _external(1, 5), Cause.EXISTS, "the same id again")
-        await _blob(store, 2, b"second")
-        outcomes = await store.commit([_external(2, 6), _external(1, 5)]) if store.capabilities.atomic_groups else []
+        first = await put_one(store, _external(1, await _blob(store, 1, b"first")))
+        await refused(store, _external(1, Blob(5)), Cause.EXISTS, "the same id again, its payload not even written")
+        second = await _blob(store, 2, b"second")
+        ops = [_external(2, second), _external(1, await _blob(store, 1, b"other"))]
+        outcomes = await store.commit(ops) if store.capabilities.atomic_groups else []
         holds(all(isinstance(outcome, Conflict) for outcome in outcomes), "a commit with a refused insert")
-        same(await store.sweep(NOW + 10_000, older_than=1000, limit=100), 1, "what the sweep removes")
-        same(await _bytes(store, item(1, external=True)), b"first", "the first message's blob")
+        same(await store.sweep(NOW + 10_000, older_than=1000, limit=100), 2, "what the sweep removes")
+        same(await _bytes(store, first.item), b"first", "the first message's blob")
+
+
+@check
+async def blobs_of_one_id_never_mix(harness: Harness) -> None:
+    """Of two payloads written at once for one id, the record gets the one that its insert names, whichever was begun or
+    ended first; the other is nobody's, and goes with the sweep, not with the record."""
+    parts = ((b"one", b"-first"), (b"two", b"-second"))
+
+    async def source(number: int, both: asyncio.Event) -> AsyncIterator[bytes]:
+        yield parts[number][0]
+        if number == 1:
+            both.set()
+        await both.wait()
+        yield parts[number][1]
+
+    for winner in (0, 1):
+        async with opened(harness) as store:
+            both = asyncio.Event()
+
+            writing = [store.write_blob("default", "q", ident(1), source(number, both), NOW) for number in (0, 1)]
+            blobs = await asyncio.gather(*writing)
+            holds(blobs[0].name != blobs[1].name and all(blob.name for blob in blobs), "each blob has its own name")
+            record = await put_one(store, _external(1, blobs[winner]))
+            await refused(store, _external(1, blobs[1 - winner]), Cause.EXISTS, "the other's insert")
+            same(await _bytes(store, record.item), b"".join(parts[winner]), "the payload")
+            same(await store.sweep(NOW + 10, older_than=1000, limit=100), 0, "what a sweep of the old removes")
+            await drop(store, record)
+            # The loser may be the only one now: it is whole, and its own.
+            record = await put_one(store, _external(1, blobs[1 - winner]))
+            same(await _bytes(store, record.item), b"".join(parts[1 - winner]), "the payload of the next message")
+            spare = await _blob(store, 1, b"spare")
+            same(await store.sweep(NOW + 10_000, older_than=1000, limit=100), 1, "what the sweep removes")
+            same(await _bytes(store, record.item), b"".join(parts[1 - winner]), "the payload after the sweep")
+            await drop(store, record)
+            await raises(store.write([_external(1, spare)]), StoreError, "an insert whose payload was swept")
+            same(await store.verify(), [], "problems")
+
+
+@check
+async def blob_belongs_to_one_record(harness: Harness) -> None:
+    """An insert whose payload is not there, is another's or was written for another id is refused, and leaves nothing;
+    with it the whole call."""
+    async with opened(harness) as store:
+        mine, other = await _blob(store, 1, b"mine"), await _blob(store, 2, b"other")
+        record = await put_one(store, _external(1, mine))
+        for what, blob in (("no name", Blob(4)), ("another's", mine), ("another id's", other)):
+            await raises(store.write([insertion(4), _external(3, blob)]), StoreError, f"an insert with {what}")
+            same(await store.get("default", "q", ident(3)), None, f"the record of the insert with {what}")
+            same(await store.get("default", "q", ident(4)), None, f"the insert beside the one with {what}")
+        same(await _bytes(store, record.item), b"mine", "the payload")
+        same(await store.verify(), [], "problems")
 
 
 @check
@@ -324,8 +383,8 @@ async def blob_of_a_refused_commit_stays(harness: Harness) -> None:
     async with opened(harness) as store:
         if not store.capabilities.atomic_groups:
             return
-        await _blob(store, 1, b"data")
-        record, other = await put_one(store, _external(1, 4)), await put_one(store, insertion(2))
+        record = await put_one(store, _external(1, await _blob(store, 1, b"data")))
+        other = await put_one(store, insertion(2))
         await drop(store, other)
         outcomes = await store.commit([removal(record), removal(other)])
         same([type(outcome) for outcome in outcomes], [Conflict, Conflict], "the refused commit")

@@ -122,10 +122,9 @@ async def everything_is_there_again(harness: Harness) -> None:
     if not harness.persistent:
         return
     async with opened(harness) as store:
-        await store.write_blob("default", "q", ident(1), chunks(b"x" * 70_000, b"y"), NOW)
-        external = Insert(
-            item(1, size=70_001, external=True), NOW, None, b"head", b"status", b"", Unique("k", NOW, NOW + 100)
-        )
+        name = (await store.write_blob("default", "q", ident(1), chunks(b"x" * 70_000, b"y"), NOW)).name
+        unique = Unique("k", NOW, NOW + 100)
+        external = Insert(item(1, size=70_001, external=True), NOW, None, b"head", b"status", b"", unique, name)
         blob, first, _, dead, held, _ = await put(
             store,
             external,
@@ -203,8 +202,11 @@ async def handles_see_each_other(harness: Harness) -> None:
             same((await there_.counts("default", f"q{number}", NOW)).leased, 1, "leased records")
             await drop(there_, held)
             same(await here.get("default", f"q{number}", ident(number)), None, "a removed record")
-        await here.write_blob("default", "q", ident(9), chunks(b"blob"), NOW)
-        same(await _bytes(there_.read_blob(item(9, external=True))), b"blob", "a blob")
+        name = (await here.write_blob("default", "q", ident(9), chunks(b"blob"), NOW)).name
+        external = Insert(item(9, size=4, external=True), NOW, None, b"head", b"status", b"", None, name)
+        record = await put_one(there_, external)
+        same(await _bytes(here.read_blob(record.item)), b"blob", "a blob")
+        await drop(here, record)
         same(await there_.queues(), [], "the queues")
 
 

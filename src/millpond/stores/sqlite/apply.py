@@ -305,7 +305,7 @@ class Applier:
         if unique is not None:
             self._run("REPLACE INTO unique_key VALUES(?,?,?,?)", (queue, unique.key, unique.until, item.id))
         if item.external:
-            self._attach(queue, item)
+            self._attach(queue, item, op.blob)
         counters = self._counters
         key = (queue, kind, bucket)
         counters[key] = counters.get(key, 0) + 1
@@ -326,11 +326,11 @@ class Applier:
             return Conflict(Cause.EXISTS, id)
         return Conflict(Cause.UNIQUE, row[0])
 
-    def _attach(self, queue: int, item: Item) -> None:
+    def _attach(self, queue: int, item: Item, blob: str) -> None:
+        # By name: of several of this id, only the one that this insert was made for.
         self._run(
-            "UPDATE blob SET attached=1 WHERE blob="
-            "(SELECT max(blob) FROM blob WHERE queue=? AND id=? AND size IS NOT NULL)",
-            (queue, item.id),
+            "UPDATE blob SET attached=1 WHERE blob=? AND queue=? AND id=? AND size IS NOT NULL AND attached=0",
+            (blob, queue, item.id),
         )
         if not self._changes():
             raise StoreError(f"the payload of message {item.id} is not in the store (any more); write it again")
@@ -447,7 +447,9 @@ class Applier:
 
     def _detach(self, queue: int, item: Item) -> None:
         where = (queue, item.id)
-        for blob, size in self._run("SELECT blob,size FROM blob WHERE queue=? AND id=?", where).fetchall():
+        # Loose ones of this id are others': an enqueue under way, or refused.
+        found = self._run("SELECT blob,size FROM blob WHERE queue=? AND id=? AND attached", where).fetchall()
+        for blob, size in found:
             if size is not None and size <= DIRECT_DELETE:
                 low = blob << CHUNK_BITS
                 self._run("DELETE FROM chunk WHERE id BETWEEN ? AND ?", (low, low | ((1 << CHUNK_BITS) - 1)))

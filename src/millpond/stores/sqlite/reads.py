@@ -169,14 +169,12 @@ class Reads:
             oldest_due=oldest,
         )
 
-    def blob(self, namespace: str, queue: str, id: str) -> tuple[int, int | None] | None:
+    def blob(self, seq: int) -> tuple[int, int | None] | None:
         """(blob, size) of the payload of a message; the size is None when it was not written to its end."""
-        number = self._queue(namespace, queue)
-        if number is None:
-            return None
         rows = self._run(
-            "SELECT blob,size FROM blob WHERE queue=? AND id=? ORDER BY attached DESC,size IS NULL,blob DESC LIMIT 1",
-            (number, id),
+            "SELECT b.blob,b.size FROM message m JOIN blob b ON b.queue=m.queue AND b.id=m.id "
+            "WHERE m.seq=? AND b.attached",
+            (seq,),
         ).fetchall()
         return rows[0] if rows else None
 

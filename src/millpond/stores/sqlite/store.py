@@ -107,6 +107,11 @@ class SqliteStore:
         return self._capabilities
 
     @property
+    def clock_offset(self) -> int:
+        """0: all who have the file open are on one machine."""
+        return 0
+
+    @property
     def path(self) -> str:
         """The database file."""
         return self._path
@@ -338,7 +343,8 @@ class SqliteStore:
             if blob is not None:
                 await self._discard(blob)
             raise
-        return Blob(size)
+        assert blob is not None  # the last flush wrote it, if no earlier one did
+        return Blob(size, str(blob))
 
     async def _discard(self, blob: int) -> None:
         """Remove what was written of a blob that will not be finished."""
@@ -350,7 +356,7 @@ class SqliteStore:
 
     async def read_blob(self, item: Item) -> AsyncIterator[bytes]:
         """The payload's bytes, a MiB at a time. Raises MessageNotFound, StoreCorrupt."""
-        found = await self._read(Reads.blob, item.namespace, item.queue, item.id)
+        found = await self._read(Reads.blob, item.key)
         if found is None:
             raise MessageNotFound(f"the payload of message {item.id} is not (or no longer) there")
         blob, size = found
