@@ -20,7 +20,7 @@ from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
-from millpond.stores.base import Box, Conflict, Problem, QueueName, Reach, Remove, Store
+from millpond.stores.base import Box, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
 from millpond.stores.sealed import refuse_sealed
 
 if TYPE_CHECKING:
@@ -110,6 +110,16 @@ def open_store(url: str, clock: Clock) -> Store:
         return SqliteStore(path, clock=clock, **options)
     known = "sqlite:///path.db, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or memory://"
     raise InvalidInput(f"this version opens no store by {url!r}; it knows {known}")
+
+
+async def probe_store(url: str, clock: Clock | None = None) -> list[Finding]:
+    """What the storage behind a bucket's URL can do, found out by trying, line by line; [] for other stores. Some
+    hundred requests; leaves nothing behind. Raises InvalidInput, and StoreError where a package is missing."""
+    if not _is_bucket(url):
+        return []
+    from millpond.stores.objects.opening import probe_url
+
+    return await probe_url(url, clock=clock or SystemClock())
 
 
 def _no_more(url: str, query: dict[str, str]) -> None:

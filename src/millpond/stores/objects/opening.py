@@ -22,10 +22,11 @@ from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
 from millpond.stores.objects.clouds import Cloud
 from millpond.stores.objects.obstore_bucket import PATIENCE, TIMEOUT, Clients, ObstoreBucket
+from millpond.stores.objects.probe import probe
 from millpond.stores.objects.profile import credentials_of_profile
 
 if TYPE_CHECKING:
-    from millpond.stores.base import Store
+    from millpond.stores.base import Finding, Store
 
 SCHEMES = {"s3": Cloud.S3, "gs": Cloud.GOOGLE, "az": Cloud.AZURE}
 
@@ -286,6 +287,16 @@ def open_object_store(url: str, *, clock: Clock) -> Store:
     options = {} if location.inline_limit is None else {"inline_limit": location.inline_limit}
     store: Store = ObjectStore(open_bucket(location, clock=clock), clock=clock, **options)
     return store
+
+
+async def probe_url(url: str, *, clock: Clock) -> list[Finding]:
+    """The whole probe of the bucket that ``url`` names. Raises InvalidInput, StoreError."""
+    ids = IdSource(clock)
+    bucket = open_bucket(parse_location(url), clock=clock, ids=ids)
+    try:
+        return await probe(bucket, clock=clock, ids=ids)
+    finally:
+        await bucket.close()
 
 
 def _s3(location: Location, clock: Clock) -> tuple[dict[str, Any], dict[str, Any]]:
