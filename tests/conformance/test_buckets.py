@@ -39,7 +39,7 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mak
 
         store = MemoryStore()
         return lambda: ObstoreBucket(
-            Clients(store, store, store), Cloud.MEMORY, where="memory", clock=CLOCK, ids=IdSource(CLOCK)
+            Clients(store, store, store, store), Cloud.MEMORY, where="memory", clock=CLOCK, ids=IdSource(CLOCK)
         )
     server = request.getfixturevalue(kind)
     for name, value in server.environment.items():

@@ -135,7 +135,11 @@ class FaultProxy:
         head = "\r\n".join([lines[0], *kept, "Connection: close", "", ""])
         with contextlib.closing(writer):
             writer.write(head.encode("latin-1") + body)
-            return await reader.read()
+            reply = await reader.read()
+        start, end, rest = reply.partition(b"\r\n\r\n")
+        if b"\r\nconnection:" not in start.lower():
+            start += b"\r\nConnection: close"  # as it will be
+        return start + end + rest
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:

@@ -27,7 +27,7 @@ class Server:
     environment: dict[str, str] = field(repr=False)
     """The credentials, as a user's environment has them."""
 
-    def tail(self, lines: int = 60) -> str:
+    def tail(self, lines: int = 20) -> str:
         """The end of what the server wrote."""
         return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-lines:])
 

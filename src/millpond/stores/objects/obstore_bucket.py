@@ -57,8 +57,9 @@ class Clients(NamedTuple):
     bulk: ObjectStore
     """As ``small``; deletes many names in one request where the cloud can."""
     large: ObjectStore
-    """For parts of large objects: time-outs by silence rather than in all, and obstore's own retries, which are
-    harmless there."""
+    """For whole payloads: time-outs by silence rather than in all. No retries either."""
+    parts: ObjectStore
+    """As ``large``, for uploads in parts: with obstore's own retries, which are harmless there."""
 
 
 class ObstoreBucket:
@@ -294,7 +295,7 @@ class ObstoreBucket:
 
         async def put() -> None:
             await self._obstore.put_async(
-                self._open(self._clients.large),
+                self._open(self._clients.parts),
                 name,
                 feed(),
                 use_multipart=True,
@@ -421,7 +422,10 @@ class ObstoreBucket:
             self._count(kind, name)
             try:
                 return await call()
-            except self._errors as error:
+            except Exception as error:
+                # A panic inside obstore is of a class that cannot be named here.
+                if not isinstance(error, self._errors) and type(error).__name__ != "RustPanic":
+                    raise
                 reply = read_reply(error)
             tries += 1
             outcome = reply.outcome

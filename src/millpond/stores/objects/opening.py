@@ -45,7 +45,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CONNECT_TIMEOUT = 5.0
 _SILENCE = 60.0
 """Seconds without a byte after which the transfer of a large part is given up; also for the part to be sent in."""
-_LARGE_RETRIES = 4
+_PART_RETRIES = 4
 _BEFORE_PROFILES = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE")
 """Variables that win over the files of profiles, as with Amazon's own tools."""
 LARGEST_INLINE = 4 * 2**20
@@ -251,20 +251,25 @@ def open_bucket(
         Cloud.AZURE: (stores.AzureStore, _azure(location), {}),
     }[location.cloud]
 
-    def make(*, large: bool = False, **overrides: Any) -> Any:
+    def make(*, large: bool = False, retries: int = 0, **overrides: Any) -> Any:
         return kind(
             location.bucket,
             prefix=location.prefix or None,
             config={**config, **overrides},
             client_options=_client_options(location, large=large),
-            retry_config=_retries(_LARGE_RETRIES if large else 0),
+            retry_config=_retries(retries),
             **more,
         )
 
     try:
         one_by_one = {"disable_bulk_delete": True} if location.cloud is Cloud.S3 else {}
         bulk = make()
-        clients = Clients(small=make(**one_by_one) if one_by_one else bulk, bulk=bulk, large=make(large=True))
+        clients = Clients(
+            small=make(**one_by_one) if one_by_one else bulk,
+            bulk=bulk,
+            large=make(large=True),
+            parts=make(large=True, retries=_PART_RETRIES),
+        )
     except BaseError as error:
         # A broken file of credentials, an odd variable in the environment: obstore quotes no secrets here.
         raise StoreError(f"{location.where}: {str(error).partition(chr(10))[0]}") from None
@@ -342,7 +347,7 @@ def _azure(location: Location) -> dict[str, Any]:
 
 def _client_options(location: Location, *, large: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "connect_timeout": timedelta(seconds=min(_CONNECT_TIMEOUT, location.timeout)),
+        "connect_timeout": timedelta(seconds=min(_CONNECT_TIMEOUT, location.timeout / 2)),
         "timeout": timedelta(seconds=location.timeout),
     }
     if large:

@@ -50,7 +50,8 @@ class Reply(NamedTuple):
 
 
 _STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>([A-Za-z0-9_.]{1,100})</Code>")
+_CODE = re.compile(r"(?:<Code>|\(code: )([A-Za-z0-9_.]{1,100})(?:</Code>|\))")
+"""As the clouds write it, and as obstore does of one name among several."""
 _HTTP_KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
 _CONNECTING = re.compile(r"\(\s*Connect,")
 """hyper's name for the phase before there is a connection; a time-out in it has sent nothing."""
@@ -76,6 +77,7 @@ _CREDENTIALS = {
 }  # fmt: skip
 _SKEWED = {"RequestTimeTooSkewed", "RequestExpired"}
 _ELSEWHERE = {"PermanentRedirect", "TemporaryRedirect", "IllegalLocationConstraintException"}
+_DENIED = {"AccessDenied", "AuthorizationPermissionMismatch", "AuthorizationFailure"}
 _UNKNOWN = {"InternalError", "RequestTimeout", "OperationTimedOut"}
 
 
@@ -94,6 +96,10 @@ def read_reply(error: BaseException) -> Reply:
         return Reply(by_code, detail)
     if status:
         return Reply(_by_status(status, kind), detail)
+    if "redirect without LOCATION" in text:
+        return Reply(Outcome.ELSEWHERE, "redirected")
+    if kind == "RustPanic":
+        return Reply(Outcome.UNKNOWN, "an unreadable answer")
     if found := _HTTP_KIND.search(text):
         return _by_connection(found[1], text)
     by_kind = {
@@ -122,6 +128,7 @@ def _by_code(code: str) -> Outcome | None:
         (_THROTTLED, Outcome.THROTTLED),
         (_AGAIN, Outcome.AGAIN),
         (_NO_BUCKET, Outcome.NO_BUCKET),
+        (_DENIED, Outcome.DENIED),
         (_SKEWED, Outcome.SKEWED),
         (_CREDENTIALS, Outcome.CREDENTIALS),
         (_ELSEWHERE, Outcome.ELSEWHERE),
@@ -163,8 +170,7 @@ def _by_connection(kind: str, text: str) -> Reply:
         if _CONNECTING.search(text):
             return Reply(Outcome.NOT_SENT, "no connection in time")
         return Reply(Outcome.UNKNOWN, "no reply in time")
-    if kind == "Request":
-        return Reply(Outcome.REFUSED, "the request could not be built")
+    # Also "Request": a connection that was kept open and that the server had closed meanwhile.
     return Reply(Outcome.UNKNOWN, "the connection broke")
 
 
