@@ -14,6 +14,8 @@ from millpond.stores.base import Store
 from millpond.stores.conformance import CHECKS, Check
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.memory import MemoryStore
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.stores.sqlite import SqliteStore
 
 
@@ -43,6 +45,12 @@ def _sqlite(directory: Path) -> Callable[[], Store]:
     return lambda: SqliteStore(directory / "pond.db", clock=SystemClock())
 
 
+def _objects(_: Path) -> Callable[[], Store]:
+    clock = ManualClock()
+    bucket = MemoryBucket(clock=clock)
+    return lambda: ObjectStore(bucket.share(), clock=clock, measure_skew=False)
+
+
 def _encrypted(inner: Callable[[Path], Callable[[], Store]]) -> Callable[[Path], Callable[[], Store]]:
     def store(directory: Path) -> Callable[[], Store]:
         make, keyring = inner(directory), Keyring({"old": bytes(32), "new": bytes(range(32))})
@@ -55,8 +63,10 @@ STORES: dict[str, Callable[[Path], Callable[[], Store]]] = {
     "memory": _memory,
     "memory-candidates": _candidates,
     "sqlite": _sqlite,
+    "objects": _objects,
     "memory-encrypted": _encrypted(_memory),
     "sqlite-encrypted": _encrypted(_sqlite),
+    "objects-encrypted": _encrypted(_objects),
 }
 
 

@@ -14,9 +14,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from tests.model.machine import (
     CandidatesMachine,
+    DeletingObjectsMachine,
     EncryptedMemoryMachine,
+    EncryptedObjectsMachine,
     EncryptedSqliteMachine,
     Machine,
+    ObjectsMachine,
     SqliteMachine,
 )
 
@@ -43,8 +46,20 @@ def _settings(examples: int) -> settings:
         (EncryptedMemoryMachine, 25),
         (SqliteMachine, 40),
         (EncryptedSqliteMachine, 10),
+        (ObjectsMachine, 40),
+        (DeletingObjectsMachine, 40),
+        (EncryptedObjectsMachine, 10),
     ],
-    ids=["memory", "memory-candidates", "memory-encrypted", "sqlite", "sqlite-encrypted"],
+    ids=[
+        "memory",
+        "memory-candidates",
+        "memory-encrypted",
+        "sqlite",
+        "sqlite-encrypted",
+        "objects-fenced",
+        "objects",
+        "objects-encrypted",
+    ],
 )
 def test_queue_does_what_its_model_does(machine: type[Machine], examples: int) -> None:
     run_state_machine_as_test(machine, settings=_settings(examples))

@@ -56,6 +56,14 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     hand_offs: bool = False
     """`Store.commit` takes a ``Remove`` followed by ``Insert`` ops: in the end all of them are applied or none, however
     many die on the way, but others may see some of them before the rest. ``atomic_groups`` promises more."""
+    insertion_order: bool = True
+    """A larger ``Item.key`` means a later insert, and lists and what is due at the same moment are in that order.
+    Otherwise keys, lists and ties are in order of due time, or of entry for records with a group, by the clocks of
+    those who inserted them."""
+    sees_behind: bool = True
+    """`ReadyPage.next_due` is right also where ``more`` is true. Otherwise it may then be missing, or too late."""
+    guards_groups: bool = False
+    """It refuses to lease a record that its group blocks (`Cause.BLOCKED`); others only leave it out of ``ready``."""
     takes: bool = False
     """It can choose and write in one step (`Store.take`), so that consumers never compete for the same records."""
     requests_cost_money: bool = False
@@ -258,6 +266,9 @@ class Cause(enum.Enum):
     """There is no such record."""
     STATE = "state"
     """The state or document has another ETag than expected."""
+    BLOCKED = "blocked"
+    """The record cannot be leased before another of its ordering group has left the live box (see
+    `Capabilities.guards_groups`)."""
     ABORTED = "aborted"
     """Another op of the same ``commit`` failed, so this one was not applied."""
 

@@ -17,11 +17,21 @@ from millpond.stores.base import Store
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.faulty import FaultyStore, Plan
 from millpond.stores.memory import MemoryStore
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.stores.sqlite import SqliteStore
 
 T = TypeVar("T")
 
-STORES = ("memory", "memory-candidates", "sqlite", "memory-encrypted", "sqlite-encrypted")
+STORES = (
+    "memory",
+    "memory-candidates",
+    "sqlite",
+    "objects",
+    "memory-encrypted",
+    "sqlite-encrypted",
+    "objects-encrypted",
+)
 """``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do."""
 QUIET_ROUNDS = 30
 """Turns of the event loop without a store call under way, after which whatever could run has run."""
@@ -61,6 +71,7 @@ class World:
         self.path = directory / "pond.db"
         self.keyring = Keyring({"old": bytes(32), "new": bytes(range(32))})
         self._memory = MemoryStore(clock=self.clock, takes=store != "memory-candidates")
+        self._bucket = MemoryBucket(clock=self.clock)
         self._made = 0
         self.stores: list[Busy] = []
 
@@ -68,6 +79,8 @@ class World:
         """A new handle on the bare store. What it waits for in there (locks) takes real time."""
         if self.store.startswith("memory"):
             return self._memory.share()
+        if self.store.startswith("objects"):
+            return ObjectStore(self._bucket.share(), clock=self.clock, measure_skew=False)
         return SqliteStore(self.path, clock=SystemClock())
 
     def pond(

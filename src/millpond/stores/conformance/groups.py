@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from millpond.stores.base import Box, Conflict
+from millpond.stores.base import Box, Cause, Conflict
 from millpond.stores.conformance.harness import (
     NOW,
     Harness,
@@ -20,6 +20,7 @@ from millpond.stores.conformance.harness import (
     put,
     put_one,
     read,
+    refused,
     removal,
     same,
     take,
@@ -41,12 +42,17 @@ async def only_the_first_of_a_group_is_ready(harness: Harness) -> None:
             insertion(7, group="g", queue="p"),
             insertion(8, group="g", namespace="other"),
         )
-        same(await due(store), [3, 1, 4, 5], "the queue")
+        found = await due(store)
+        if not store.capabilities.insertion_order:
+            # Those that are due at the same moment come in any order.
+            found = found[:1] + sorted(found[1:])
+        same(found, [3, 1, 4, 5], "the queue")
         same(await due(store, queue="p"), [7], "the same group's name in another queue")
         same(await due(store, namespace="other"), [8], "the same group's name in another namespace")
         page = await store.ready("default", "q", NOW, limit=4)
         same(page.more, False, "blocked records are not more to come")
-        same(numbers((await store.ready("default", "q", NOW, limit=2)).records), [3, 1], "a page of two")
+        two = numbers((await store.ready("default", "q", NOW, limit=2)).records)
+        same((two[0], two[1] in {1, 4}), (3, True), "a page of two")
 
 
 @check
@@ -119,6 +125,8 @@ async def returned_one_joins_at_the_end(harness: Harness) -> None:
 async def an_undone_return_keeps_its_place(harness: Harness) -> None:
     """A commit that fails moves nobody in a group."""
     async with opened(harness) as store:
+        if not store.capabilities.atomic_groups:
+            return
         first, second, third = await put(store, *(insertion(number, group="g") for number in range(1, 4)))
         dead = await bury(store, third)
         outcomes = await store.commit([removal(first), change(dead), insertion(2)])
@@ -129,6 +137,25 @@ async def an_undone_return_keeps_its_place(harness: Harness) -> None:
         await changed(store, change(dead))
         await drop(store, second)
         same(await due(store), [3], "after the third came back and the second was removed")
+
+
+@check
+async def blocked_records_are_not_leased(harness: Harness) -> None:
+    """A store that guards its groups leases nothing but the first, whoever asks, until that is gone."""
+    if not harness.shared:
+        return
+    async with opened(harness) as store, opened(harness) as other:
+        if not store.capabilities.guards_groups:
+            return
+        first, second = await put(store, insertion(1, group="g"), insertion(2, group="g"))
+        blocked = change(second, due=NOW + 10, leased=True)
+        await refused(store, blocked, Cause.BLOCKED, "a lease of the second")
+        held = await take(other, first, NOW + 10)
+        await refused(store, blocked, Cause.BLOCKED, "a lease of the second while the first is held")
+        back = await changed(other, change(held))
+        await refused(store, blocked, Cause.BLOCKED, "a lease of the second after the first was given back")
+        await bury(other, await take(store, back, NOW + 10))
+        await take(store, second, NOW + 10)
 
 
 @check

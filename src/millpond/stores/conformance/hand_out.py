@@ -41,18 +41,20 @@ async def ready_of_an_unknown_queue(harness: Harness) -> None:
 async def order_is_priority_then_due_then_insertion(harness: Harness) -> None:
     """Higher priority first, then who was due earlier, then who came earlier, whatever the ids say."""
     async with opened(harness) as store:
+        # Without that order, those that are due at the same moment come in any.
+        late = 0 if store.capabilities.insertion_order else 1
         await put(
             store,
             insertion(90, due=NOW - 10),
             insertion(80, due=NOW - 20),
-            insertion(70, due=NOW - 10),
-            insertion(60, due=NOW, priority=9),
+            insertion(70, due=NOW - 10 + late),
+            insertion(60, due=NOW + late, priority=9),
             insertion(50, due=NOW - 1, priority=9),
-            insertion(40, due=NOW - 1, priority=9),
+            insertion(40, due=NOW - 1 + late, priority=9),
             insertion(30, due=0, priority=0),
-            insertion(20, due=NOW - 20),
+            insertion(20, due=NOW - 20 + late),
         )
-        same(await due(store), [50, 40, 60, 80, 20, 90, 70, 30], "the order of hand-out")
+        same(await due(store, NOW + late), [50, 40, 60, 80, 20, 90, 70, 30], "the order of hand-out")
 
 
 @check
@@ -93,7 +95,8 @@ async def limit_and_more(harness: Harness) -> None:
 
 @check
 async def next_due_is_always_filled(harness: Harness) -> None:
-    """The earliest due time that is still to come, of any priority, also behind a full page and of leased records."""
+    """The earliest due time that is still to come, of any priority, also of leased records; and behind a full page,
+    where the store looks so far."""
     async with opened(harness) as store:
 
         async def next_due(now: int = NOW, limit: int = 10) -> int | None:
@@ -103,7 +106,8 @@ async def next_due_is_always_filled(harness: Harness) -> None:
         same(await next_due(), None, "with nothing to come")
         await put(store, insertion(3, due=NOW + 30, priority=9), insertion(4, due=NOW + 20, priority=0))
         same(await next_due(), NOW + 20, "with two delayed records")
-        same(await next_due(limit=1), NOW + 20, "behind a full page")
+        if store.capabilities.sees_behind:
+            same(await next_due(limit=1), NOW + 20, "behind a full page")
         same(await next_due(NOW + 20), NOW + 30, "when the first of them is due")
         same(await next_due(NOW + 30), None, "when both are due")
         held = await take(store, first, NOW + 10)

@@ -227,6 +227,11 @@ def numbers(records: Iterable[Stored]) -> list[int]:
     return [int(record.item.id[-12:], 16) for record in records]
 
 
+def numbers_of(records: Iterable[Inserted]) -> list[int]:
+    """The same, of records as inserted."""
+    return [int(record.item.id[-12:], 16) for record in records]
+
+
 async def due(store: Store, now: int = NOW, *, queue: str = "q", namespace: str = "default") -> list[int]:
     """The numbers of all that is ready, in hand-out order."""
     page = await store.ready(namespace, queue, now, limit=10_000)

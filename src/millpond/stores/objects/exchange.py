@@ -1,0 +1,141 @@
+"""Conditional requests whose replies may be lost.
+
+What was written is known again by reading it back: no two writes have the same bytes, since each holds a write id of
+its own. A write whose outcome cannot be told after some tries ends in `OutcomeUnknown`, never in a guess.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from millpond.errors import StoreError
+from millpond.model.clock import Clock
+from millpond.model.ids import IdSource
+from millpond.stores.objects.bucket import Bucket, Content, ObjectChanged, ObjectExists, OutcomeUnknown, Tag
+from millpond.stores.objects.index import same
+
+log = logging.getLogger("millpond.stores.objects")
+
+T = TypeVar("T")
+
+ATTEMPTS = 6
+"""Tries of a request whose reply gets lost: with the pauses between them some three seconds, as long as a network that
+changes its routes is away."""
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 2.0
+REQUESTS = 64
+"""Requests of one store under way at once: more only queue up elsewhere."""
+
+
+class Exchange:
+    """A bucket, with lost replies made good where that can be done."""
+
+    def __init__(self, bucket: Bucket, clock: Clock, ids: IdSource) -> None:
+        self.bucket = bucket
+        self._clock = clock
+        self._ids = ids
+        self._slots = asyncio.Semaphore(REQUESTS)
+        self.unknown = 0
+        """Replies that were lost."""
+
+    async def pause(self, attempt: int) -> None:
+        """Wait before try number ``attempt`` + 1: twice as long each time, and by chance up to half less."""
+        longest = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE)
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = self._clock.call_later(
+            longest * (0.5 + self._ids.below(1024) / 2048), lambda: None if over.done() else over.set_result(None)
+        )
+        try:
+            await over
+        finally:
+            timer.cancel()
+
+    async def create(self, path: str, data: bytes, *, insist: bool) -> Tag | Content:
+        """Write an object that is not there: its tag, or what is there instead.
+
+        ``insist``: where nothing is found after a lost reply it is written again. Not for what others may have found,
+        used and removed meanwhile: it would come back. Raises OutcomeUnknown, StoreError.
+        """
+        for attempt in range(ATTEMPTS):
+            if attempt == 0 or insist:
+                try:
+                    async with self._slots:
+                        return await self.bucket.create(path, data)
+                except ObjectExists:
+                    pass
+                except OutcomeUnknown:
+                    self.unknown += 1
+                    await self.pause(attempt)
+            else:
+                await self.pause(attempt)
+            # Some clouds say "exists" when two writes met and neither took place; so this may find nothing.
+            content = await self._read_back(path)
+            if content is not None:
+                return content.tag if content.data == data else content
+            if insist:
+                await self.pause(attempt)
+        raise _undecided(path)
+
+    async def swap(self, path: str, data: bytes, tag: Tag) -> Tag | Content | None:
+        """Write an object that still is the version ``tag``: its new tag, or what is there instead.
+
+        Raises OutcomeUnknown, StoreError."""
+        for attempt in range(ATTEMPTS):
+            try:
+                async with self._slots:
+                    return await self.bucket.replace(path, data, tag)
+            except ObjectChanged:
+                pass
+            except OutcomeUnknown:
+                self.unknown += 1
+                await self.pause(attempt)
+            content = await self._read_back(path)
+            if content is None:
+                return None
+            if content.data == data:
+                return content.tag
+            if not same(content.tag, tag):
+                return content
+            # Not there (yet). Should the first one arrive after all, this one will find the object changed, by itself.
+        raise _undecided(path)
+
+    async def _read_back(self, path: str) -> Content | None:
+        try:
+            return await self.read(path)
+        except StoreError as error:
+            raise _undecided(path) from error
+
+    async def read(self, path: str) -> Content | None:
+        """The object; None when there is none."""
+        return await self._repeat(lambda: self.bucket.read(path))
+
+    async def delete(self, path: str) -> None:
+        """Remove an object that nobody can want any more, and whose name will not be used again."""
+        await self._repeat(lambda: self.bucket.delete(path))
+
+    async def _repeat(self, request: Callable[[], Awaitable[T]]) -> T:
+        for attempt in range(ATTEMPTS):
+            try:
+                async with self._slots:
+                    return await request()
+            except OutcomeUnknown:
+                self.unknown += 1
+                if attempt == ATTEMPTS - 1:
+                    raise
+                await self.pause(attempt)
+        raise AssertionError("unreachable")
+
+    async def delete_once(self, path: str) -> None:
+        """One request, not repeated. Raises OutcomeUnknown."""
+        async with self._slots:
+            await self.bucket.delete(path)
+
+
+def _undecided(path: str) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"whether object {path} was written is not known: the bucket's replies got lost. Read the message or queue "
+        "before trying again; an enqueue with a dedup_key or message_id may simply be repeated"
+    )

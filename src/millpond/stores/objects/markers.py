@@ -1,0 +1,196 @@
+"""Unique keys and chosen ids: objects that say they are taken.
+
+An insert that needs one writes it as pending, then the message, then confirms it. Whoever meets a pending marker looks
+for its message: if that is there the insert has succeeded, and he may confirm the marker himself; if not he waits a
+little, and then takes the marker over. Its first owner finds that out when he confirms, and withdraws his message.
+
+The names of markers are used again, so a marker is never simply deleted: it is first replaced, under a condition, by
+one that says it is going, which nobody takes over while the delete may be on its way.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from millpond.errors import StoreError
+from millpond.stores.base import Box, Cause, Conflict, Unique
+from millpond.stores.objects import names, records
+from millpond.stores.objects.bucket import Content, Tag
+from millpond.stores.objects.engine import Engine
+from millpond.stores.objects.names import Name
+from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing
+
+PATIENCE = 5
+"""Looks at a pending marker without its message, some two seconds in all: an insert takes a tenth of that."""
+GOING = 30_000
+"""Milliseconds for which a delete may be on its way."""
+TRIES = 64
+"""Markers that keep changing under an insert."""
+
+
+class Claim(NamedTuple):
+    """A marker that belongs to this process's insert until it is confirmed."""
+
+    path: str
+    marker: Marker
+    tag: Tag
+
+
+class Markers:
+    """The markers of all queues."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def of_unique(self, name: Name, birth: bytes, unique: Unique, via: str) -> tuple[str, Marker]:
+        """The marker of a unique key, pending."""
+        marker = self._pending(name, birth, unique.until, via)
+        return names.unique_marker(name.namespace, name.queue, unique.key), marker
+
+    def of_id(self, name: Name, birth: bytes, via: str) -> tuple[str, Marker]:
+        """The marker of an id, pending."""
+        return names.id_marker(name.namespace, name.queue, name.id), self._pending(name, birth, 0, via)
+
+    def _pending(self, name: Name, birth: bytes, until: int, via: str) -> Marker:
+        return Marker(
+            records.FORMAT,
+            self._engine.write_id(),
+            Standing.PENDING,
+            birth,
+            1,
+            name.id,
+            name.place,
+            until,
+            via,
+        )
+
+    def confirmed(self, marker: Marker) -> Marker:
+        """The same, once its message is there."""
+        return msgspec.structs.replace(marker, write_id=self._engine.write_id(), standing=Standing.CONFIRMED, via="")
+
+    # Taking
+
+    async def acquire(self, owner: Name, path: str, marker: Marker, unique: Unique | None) -> Claim | Conflict:
+        """Write a pending marker, unless the key or id is taken. ``unique``: it is that of this key."""
+        exchange = self._engine.exchange
+        data = records.encode(marker)
+        patience = PATIENCE
+        for _ in range(TRIES):
+            result: Tag | Content | None = await exchange.create(path, data, insist=True)
+            while isinstance(result, Content):
+                present = records.decode(Marker, result.data, path)
+                verdict = await self._judge(owner, path, present, result, unique, patience)
+                if isinstance(verdict, Conflict):
+                    return verdict
+                if verdict:
+                    result = await exchange.swap(path, data, result.tag)
+                    continue
+                await exchange.pause(PATIENCE - patience)
+                patience -= 1
+                result = await exchange.read(path)
+            if result is not None:
+                return Claim(path, marker, result)
+        raise StoreError(f"marker {path} keeps changing; try again")
+
+    async def _judge(
+        self, owner: Name, path: str, present: Marker, content: Content, unique: Unique | None, patience: int
+    ) -> Conflict | bool:
+        """Why the marker is in the way, or whether it may be taken over now."""
+        if present.standing == Standing.GOING:
+            return self._engine.now() - content.modified > GOING or patience <= -TRIES
+        if unique is not None and present.until <= unique.now:
+            return True
+        taken = Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, present.id)
+        if present.standing == Standing.CONFIRMED:
+            return taken if unique is not None or await self._is_there(owner, present) else True
+        if await self._is_there(owner, present):
+            await self._engine.exchange.swap(path, records.encode(self.confirmed(present)), content.tag)
+            return taken
+        return patience <= 0
+
+    async def _is_there(self, owner: Name, marker: Marker) -> bool:
+        """Whether the message that a marker speaks of is in one of the boxes, or about to be."""
+        if await self.find(owner.namespace, owner.queue, marker) is not None:
+            return True
+        if not marker.via:
+            return False
+        content = await self._engine.exchange.read(marker.via)
+        if content is None or records.form(len(content.data)).kind != records.Kind.MOVING:
+            return False
+        intent = records.decode_held(content.data, marker.via)
+        return isinstance(intent, Intent) and any(target.birth == marker.birth for target in intent.targets)
+
+    async def find(self, namespace: str, queue: str, marker: Marker) -> Name | None:
+        """Where the message of a marker is. A message on its way from one box to the other is found where it goes."""
+        live = names.of_place(namespace, queue, marker.place)
+        # To the dead box first: from the live box to the dead one is how messages go without a new name.
+        for name in (live, names.in_box(live, Box.DEAD, live.priority or 0)):
+            found = await self._engine.fetch(name)
+            if found is None:
+                continue
+            if isinstance(found.held, Record):
+                return name
+            if isinstance(found.held, Intent):
+                for target in found.held.targets:
+                    if target.birth == found.held.birth:
+                        return names.parse(target.path)
+        return None
+
+    # What becomes of it
+
+    async def confirm(self, claim: Claim) -> str | None:
+        """The message is there. The id of another message, if that has taken the marker over: then the caller's own
+        has to be withdrawn."""
+        return await self.settle(claim.path, self.confirmed(claim.marker), claim.tag)
+
+    async def settle(self, path: str, marker: Marker, tag: Tag | None) -> str | None:
+        """See to it that a marker is confirmed as this one; ``tag``: of the pending one, if it is known."""
+        exchange = self._engine.exchange
+        data = records.encode(marker)
+        for _ in range(TRIES):
+            result: Tag | Content | None
+            if tag is None:
+                content = await exchange.read(path)
+                result = content if content is not None else await exchange.create(path, data, insist=True)
+            else:
+                result = await exchange.swap(path, data, tag)
+            if isinstance(result, Tag):
+                return None
+            tag = None
+            if result is None:
+                continue
+            present = records.decode(Marker, result.data, path)
+            if present.birth != marker.birth:
+                return present.id
+            if present.standing == Standing.CONFIRMED and present.version >= marker.version:
+                return None
+            tag = result.tag
+        raise StoreError(f"marker {path} keeps changing; try again")
+
+    async def point(self, path: str, marker: Marker) -> None:
+        """A message has a new place: its marker says so, unless it is another message's or says something newer."""
+        await self.settle(path, marker, None)
+
+    async def release(self, claims: list[Claim]) -> None:
+        """The insert did not take place: others need not wait for it."""
+        for claim in claims:
+            free = msgspec.structs.replace(
+                claim.marker, write_id=self._engine.write_id(), standing=Standing.CONFIRMED, until=0, via=""
+            )
+            await self._engine.exchange.swap(claim.path, records.encode(free), claim.tag)
+
+    async def remove(self, path: str, content: Content) -> bool:
+        """Delete a marker that has lost its meaning, if nobody has given it a new one meanwhile."""
+        marker = records.decode(Marker, content.data, path)
+        going = msgspec.structs.replace(marker, write_id=self._engine.write_id(), standing=Standing.GOING)
+        result = await self._engine.exchange.swap(path, records.encode(going), content.tag)
+        if not isinstance(result, Tag):
+            return False
+        await self._engine.exchange.delete_once(path)
+        return True
+
+    def goal(self, claim: Claim, target: int) -> Goal:
+        """What an intent says of a marker that belongs to one of its targets."""
+        return Goal(claim.path, records.encode(self.confirmed(claim.marker)), target)

@@ -1,0 +1,171 @@
+"""Looking at queues from outside: lists, counts, expired records, which queues there are."""
+
+from __future__ import annotations
+
+import builtins
+import heapq
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+
+from millpond.stores.base import Box, Counts, Page, QueueName, Stored
+from millpond.stores.objects import names, records
+from millpond.stores.objects.engine import Engine
+from millpond.stores.objects.groups import Groups
+from millpond.stores.objects.listing import Listing, Seen
+from millpond.stores.objects.ready import Heads
+from millpond.stores.objects.records import Kind
+
+
+class Reader:
+    """Answers questions about whole queues."""
+
+    def __init__(self, engine: Engine, listing: Listing, groups: Groups) -> None:
+        self._engine = engine
+        self._listing = listing
+        self._groups = groups
+
+    async def list(self, namespace: str, queue: str, box: Box, after: int | None, limit: int) -> Page:
+        """Records of a box in order of their keys."""
+        since = self._engine.index.seq
+        prefix = names.box_prefix(namespace, queue, box)
+        starts = [prefix]
+        if box is Box.LIVE:
+            lanes = (await self._engine.bucket.folder(prefix)).folders
+            starts = [f"{prefix}{names.last_part(lane)}/" for lane in lanes]
+        async with AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(aclosing(self._from(start, box, after))) for start in starts]
+            chosen = await _merge(streams, limit + 1)
+        more = len(chosen) > limit
+        found = await self._listing.read(chosen[:limit], since)
+        result = [records.stored(known.record, known.name) for known in found if known.record.box == box]
+        return Page(result, chosen[limit - 1].name.key if more else None)
+
+    async def _from(self, prefix: str, box: Box, after: int | None) -> AsyncGenerator[Seen, None]:
+        position = None if after is None else prefix + names.after_key(after)
+        async with self._engine.listing(prefix, after=position) as pages:
+            async for page in pages:
+                for seen in self._listing.parse(page, box):
+                    # Not every bucket keeps to the position.
+                    if after is None or seen.name.key > after:
+                        yield seen
+
+    async def counts(self, namespace: str, queue: str, now: int) -> Counts:
+        """How the queue stands at ``now``: lists all of it."""
+        ready = delayed = leased = blocked = dead = total = 0
+        oldest: int | None = None
+        since = self._engine.index.seq
+        heads = Heads(self._groups, self._listing, namespace, queue)
+        grouped: builtins.list[Seen] = []
+        async for page in self._listing.pages(namespace, queue, Box.LIVE):
+            free = []
+            for seen in page:
+                total += seen.name.size
+                if seen.name.group:
+                    heads.see(seen, since)
+                    grouped.append(seen)
+                else:
+                    free.append(seen)
+            for standing in await self._listing.standings(free, now, since):
+                if standing.due <= now:
+                    ready += 1
+                    oldest = standing.due if oldest is None else min(oldest, standing.due)
+                elif standing.leased:
+                    leased += 1
+                else:
+                    delayed += 1
+        first = {seen.name.path for seen in heads.all()}
+        # Whether a blocked one is due makes no difference, so only those that somebody may hold are looked at.
+        behind = [seen for seen in grouped if seen.name.path not in first]
+        held = {
+            standing.seen.name.path
+            for standing in await self._listing.standings(
+                [seen for seen in behind if seen.kind in (Kind.HELD, Kind.OTHER)], now, since
+            )
+            if standing.leased and standing.due > now
+        }
+        leased += len(held)
+        blocked += len(behind) - len(held)
+        front = [seen for seen in grouped if seen.name.path in first]
+        for standing in await self._listing.standings(front, now, since):
+            if standing.due <= now:
+                ready += 1
+                oldest = standing.due if oldest is None else min(oldest, standing.due)
+            elif standing.leased:
+                leased += 1
+            else:
+                delayed += 1
+        async for page in self._listing.pages(namespace, queue, Box.DEAD):
+            dead += len(page)
+        return Counts(
+            ready=ready,
+            delayed=delayed,
+            leased=leased,
+            blocked=blocked,
+            dead=dead,
+            bytes=total,
+            oldest_due=oldest,
+        )
+
+    async def expired(self, now: int, limit: int) -> builtins.list[Stored]:
+        """Expired records that nobody holds, earliest first: lists the live boxes of all queues."""
+        since = self._engine.index.seq
+        found: builtins.list[tuple[int, int, Seen]] = []
+        for namespace, queue in await self.everywhere():
+            async for page in self._listing.pages(namespace, queue, Box.LIVE):
+                maybe = [seen for seen in page if self._may_be_over(seen, now, since)]
+                for standing in await self._listing.standings(maybe, now, since):
+                    over = standing.expires is not None and standing.expires <= now
+                    if over and not (standing.leased and standing.due > now):
+                        found.append((standing.expires or 0, standing.seen.name.key, standing.seen))
+        result = []
+        for known in await self._listing.read([seen for _, _, seen in heapq.nsmallest(limit, found)], since):
+            record = known.record
+            if not (record.leased and record.due > now):
+                result.append(records.stored(record, known.name))
+        return result
+
+    def _may_be_over(self, seen: Seen, now: int, since: int) -> bool:
+        known = self._listing.known(seen, since)
+        if known is not None:
+            return known.record.expires is not None and known.record.expires <= now
+        return seen.kind == Kind.OTHER or (seen.name.expires is not None and seen.name.expires <= now)
+
+    async def everywhere(self) -> builtins.list[QueueName]:
+        """Every queue of which there is any object."""
+        bucket = self._engine.bucket
+        found = []
+        for namespace in (await bucket.folder(names.QUEUES)).folders:
+            short = names.last_part(namespace)
+            below = await bucket.folder(f"{names.QUEUES}{short}/")
+            found += [QueueName(short, names.last_part(queue)) for queue in below.folders]
+        return sorted(found)
+
+    async def queues(self) -> builtins.list[QueueName]:
+        """Every queue that holds something or has a document, in name order."""
+        return [name for name in await self.everywhere() if await self._holds_something(name)]
+
+    async def _holds_something(self, name: QueueName) -> bool:
+        inside = await self._engine.bucket.folder(names.folder(*name))
+        if any(entry.name == names.policy(*name) for entry in inside.entries):
+            return True
+        return any(names.last_part(folder) in ("m", "d") for folder in inside.folders)
+
+
+async def _merge(streams: list[AsyncGenerator[Seen, None]], limit: int) -> list[Seen]:
+    """The first of several ordered streams, in order."""
+    chosen: list[Seen] = []
+    fronts: list[tuple[int, int, Seen]] = []
+    for number, stream in enumerate(streams):
+        front = await anext(stream, None)
+        if front is not None:
+            fronts.append((front.name.key, number, front))
+    heapq.heapify(fronts)
+    while fronts and len(chosen) < limit:
+        _, number, front = fronts[0]
+        chosen.append(front)
+        after = await anext(streams[number], None)
+        if after is None:
+            heapq.heappop(fronts)
+        else:
+            heapq.heapreplace(fronts, (after.name.key, number, after))
+    return chosen

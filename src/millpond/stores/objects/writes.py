@@ -1,0 +1,551 @@
+"""Writes: each op of the protocol as conditional requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import cast
+
+import msgspec
+
+from millpond.errors import StoreError
+from millpond.stores.base import (
+    Box,
+    Cause,
+    Conflict,
+    Document,
+    DocumentWritten,
+    DropState,
+    Insert,
+    Inserted,
+    Item,
+    Mark,
+    Op,
+    Outcome,
+    PutDocument,
+    PutState,
+    Remove,
+    Removed,
+    Reseal,
+    StateWritten,
+    Unique,
+    Update,
+    Updated,
+)
+from millpond.stores.objects import names, records
+from millpond.stores.objects.blobs import Blobs
+from millpond.stores.objects.bucket import OutcomeUnknown, Tag
+from millpond.stores.objects.engine import Engine, log
+from millpond.stores.objects.find import Finder
+from millpond.stores.objects.groups import Groups
+from millpond.stores.objects.index import Known
+from millpond.stores.objects.markers import Claim, Markers
+from millpond.stores.objects.moves import Moved, Moves, NewRecord
+from millpond.stores.objects.names import Name
+from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Text
+
+SLACK = 1000
+"""Milliseconds by which a message may be due before its name says so: ids are made a moment before or after the status,
+and clocks are set back a little. Listings look so far ahead."""
+TRIES = 64
+"""Writes that keep losing to others who change the same object, but not the record's version."""
+UUID7 = "7"
+_MISSING, _STALE = Cause.MISSING, Cause.STALE
+
+
+class Writer:
+    """Applies ops."""
+
+    def __init__(
+        self, engine: Engine, markers: Markers, groups: Groups, moves: Moves, finder: Finder, blobs: Blobs
+    ) -> None:
+        self._engine = engine
+        self._markers = markers
+        self._groups = groups
+        self._moves = moves
+        self._finder = finder
+        self._blobs = blobs
+        self._documents: dict[str, tuple[int, Tag]] = {}
+
+    @staticmethod
+    def keys(op: Op) -> list[tuple[str, ...]]:
+        """What an op works on, for taking turns."""
+        if isinstance(op, PutDocument):
+            return [("d", op.namespace, op.queue)]
+        item = op.item
+        keys: list[tuple[str, ...]] = [("i", item.namespace, item.queue, item.id)]
+        if isinstance(op, Insert) and op.unique is not None:
+            keys.append(("u", item.namespace, item.queue, op.unique.key))
+        return keys
+
+    async def apply(self, op: Op) -> Outcome:
+        """Apply one op. Raises StoreError: it was not applied; OutcomeUnknown."""
+        async with self._engine.turn(self.keys(op)):
+            if isinstance(op, Update):
+                return await self._update(op)
+            if isinstance(op, Insert):
+                return await self._insert(op)
+            if isinstance(op, Remove):
+                return await self._remove(op)
+            if isinstance(op, Reseal):
+                return await self._rewrite(op, lambda record: _resealed(op, record))
+            if isinstance(op, PutDocument):
+                return await self._put_document(op)
+            return await self._rewrite(op, lambda record: _with_state(op, record))
+
+    # Records that are there
+
+    async def _locate(self, item: Item, mark: Mark) -> Known | Conflict:
+        """The record that an op is about, if it still is the version that the op expects."""
+        engine = self._engine
+        wanted = records.parse_etag(mark.etag)
+        known = engine.index.by_id(item.namespace, item.queue, item.id)
+        if wanted is None:
+            there = await self._finder.find(item.namespace, item.queue, item.id)
+            return Conflict(_MISSING if there is None else _STALE, item.id)
+        if known is not None and known.record.birth == wanted.birth:
+            if known.record.version == wanted.version:
+                return known
+            if known.record.version > wanted.version:
+                return Conflict(_STALE, item.id)
+        name = names.of_place(item.namespace, item.queue, wanted.place)
+        found = None if engine.has_left(name.path) else await engine.fetch(name)
+        if found is None or found.held.birth != wanted.birth:
+            return Conflict(_MISSING, item.id)
+        if found.known is None:
+            held = found.held
+            moved = isinstance(held, Intent) and any(target.birth == held.birth for target in held.targets)
+            return Conflict(_STALE if moved else _MISSING, item.id)
+        if found.known.record.version != wanted.version:
+            return Conflict(_STALE, item.id)
+        return found.known
+
+    async def _update(self, op: Update) -> Outcome:
+        engine = self._engine
+        for _ in range(TRIES):
+            known = await self._locate(op.item, op.mark)
+            if isinstance(known, Conflict):
+                return known
+            name, record = known.name, known.record
+            takes_lead = op.leased and op.box is Box.LIVE and record.group is not None
+            if takes_lead and record.box != Box.LIVE:
+                return Conflict(Cause.BLOCKED, record.id)
+            if takes_lead and not record.leased and not await self._groups.may_lead(name):
+                return Conflict(Cause.BLOCKED, record.id)
+            payload = record.payload if op.want_payload else None
+            new = msgspec.structs.replace(
+                record,
+                write_id=engine.write_id(),
+                version=record.version + 1,
+                due=op.due,
+                leased=op.leased,
+                expires=op.expires,
+                box=int(op.box),
+                status=op.status,
+            )
+            target = self._new_name(known, op)
+            if target is None:
+                free = not record.leased or record.due <= engine.now()
+                written = await engine.swap_record(known, new, claimed=op.leased and (known.claimed or free))
+                if isinstance(written, Known):
+                    return Updated(records.mark(new, name), payload)
+                continue
+            new = msgspec.structs.replace(new, via=name.path)
+            goals = [] if target.key == name.key else [self._pointing(new, target)]
+            moved = await self._moves.move(known, [NewRecord(target, new)], goals, blob="")
+            if isinstance(moved, Moved):
+                return Updated(records.mark(new, target), payload)
+        raise self._restless(op.item)
+
+    def _new_name(self, known: Known, op: Update) -> Name | None:
+        """The name that the record needs now; None: it keeps the one that it has."""
+        name, record = known.name, known.record
+        if op.box == record.box and not (name.lane and not name.group and op.due < name.time - SLACK):
+            return None
+        if op.box is Box.DEAD and op.box != record.box:
+            return names.in_box(name, Box.DEAD, record.priority)
+        return names.message(
+            record.namespace,
+            record.queue,
+            op.box,
+            key=self._engine.fresh_key(None if record.group is not None else op.due),
+            id=record.id,
+            priority=record.priority,
+            size=record.size,
+            expires=op.expires,
+            group=record.group,
+        )
+
+    def _pointing(self, record: Record, name: Name) -> Goal:
+        """The id marker that leads to a record whose key is not its id."""
+        marker = Marker(
+            records.FORMAT,
+            self._engine.write_id(),
+            Standing.CONFIRMED,
+            record.birth,
+            record.version,
+            record.id,
+            name.place,
+            0,
+            "",
+        )
+        return Goal(names.id_marker(name.namespace, name.queue, name.id), records.encode(marker), -1)
+
+    async def _rewrite(
+        self, op: Reseal | PutState | DropState, build: Callable[[Record], tuple[Record, Outcome | None] | Conflict]
+    ) -> Outcome:
+        """Replace bytes of a record that leave its ETag alone."""
+        for _ in range(TRIES):
+            known = await self._locate(op.item, op.mark)
+            if isinstance(known, Conflict):
+                return known
+            built = build(known.record)
+            if isinstance(built, Conflict):
+                # What this process knows may be old, as far as the state goes: its ETag is not the record's.
+                if await self._is_current(known):
+                    return built
+                continue
+            new, outcome = built
+            new = msgspec.structs.replace(new, write_id=self._engine.write_id())
+            written = await self._engine.swap_record(known, new, claimed=known.claimed)
+            if isinstance(written, Known):
+                return outcome if outcome is not None else Updated(records.mark(new, known.name), None)
+        raise self._restless(op.item)
+
+    async def _is_current(self, known: Known) -> bool:
+        """Whether the object still is as it was known."""
+        found = await self._engine.fetch(known.name)
+        return found is not None and found.known is known
+
+    async def _remove(self, op: Remove) -> Outcome:
+        engine = self._engine
+        unsure = False
+        for _ in range(TRIES):
+            known = await self._locate(op.item, op.mark)
+            if isinstance(known, Conflict):
+                # A delete whose reply was lost has taken place after all: nobody else could have done it.
+                return Removed() if unsure and known.cause is _MISSING else known
+            path, record = known.name.path, known.record
+            settled = await self._moves.settled(known)
+            deleted = await self._delete_held(known) if settled else False
+            if deleted:
+                engine.leave(path)
+            else:
+                unsure = unsure or deleted is None
+                buried = await self._moves.bury(known)
+                if buried is not True:
+                    continue
+                await self._tidy(path if settled else "", op)
+            if record.blob:
+                await self._tidy(names.blobs_prefix(record.namespace, record.queue) + record.blob, op)
+            return Removed()
+        raise self._restless(op.item)
+
+    async def _tidy(self, path: str, op: Remove) -> None:
+        """Delete what nobody needs any more. If that fails it is left to those who come across it."""
+        if path:
+            try:
+                await self._engine.exchange.delete(path)
+            except StoreError as error:
+                log.warning(
+                    "millpond.objects.left_behind",
+                    extra={"object": path, "message_id": op.item.id, "reason": str(error)},
+                )
+
+    async def _delete_held(self, known: Known) -> bool | None:
+        """Delete a message without a condition, which only its holder may do, and only while its lease runs for longer
+        than the request can take: nobody else may have been given the message by then. False: it may not be done; None:
+        it was tried, and the replies got lost."""
+        engine, record = self._engine, known.record
+        outcome: bool | None = False
+        for attempt in range(3):
+            lasts = record.due - engine.now()
+            if engine.options.fenced_removals or not known.claimed or not record.leased:
+                break
+            if lasts <= engine.options.margin:
+                break
+            try:
+                await engine.exchange.delete_once(known.name.path)
+                return True
+            except OutcomeUnknown:
+                outcome = None
+                await engine.exchange.pause(attempt)
+                if await engine.exchange.read(known.name.path) is None:
+                    return True
+        return outcome
+
+    @staticmethod
+    def _restless(item: Item) -> StoreError:
+        return StoreError(f"message {item.id} keeps changing under this write; try again")
+
+    # Records that are new
+
+    def draft(self, op: Insert, via: str = "") -> tuple[NewRecord, list[tuple[str, Marker, Unique | None]]]:
+        """The record of an insert, and the markers that it needs first."""
+        engine, item = self._engine, op.item
+        number = names.id_number(item.id)
+        # The id tells when the message is due, or when it was put in: then its name can be found by it.
+        direct = not op.chosen and (item.group is not None or number >> names.KEY_BITS <= op.due + SLACK)
+        key = number if direct else engine.fresh_key(None if item.group is not None else op.due)
+        if item.group is None:
+            engine.last_key = key
+        name = names.message(
+            item.namespace,
+            item.queue,
+            Box.LIVE,
+            key=key,
+            id=item.id,
+            priority=item.priority,
+            size=item.size,
+            expires=op.expires,
+            group=item.group,
+        )
+        if item.group is not None:
+            engine.met(name)
+        record = Record(
+            records.FORMAT,
+            engine.write_id(),
+            engine.ids.random(records.BIRTH_BYTES),
+            1,
+            item.namespace,
+            item.queue,
+            item.id,
+            item.priority,
+            item.group,
+            item.size,
+            item.external,
+            op.due,
+            False,
+            op.expires,
+            int(Box.LIVE),
+            op.head,
+            op.status,
+            op.payload,
+            op.blob if item.external else "",
+            None,
+            0,
+            via,
+        )
+        wanted: list[tuple[str, Marker, Unique | None]] = []
+        if not direct:
+            wanted.append((*self._markers.of_id(name, record.birth, via), None))
+        if op.unique is not None:
+            wanted.append((*self._markers.of_unique(name, record.birth, op.unique, via), op.unique))
+        return NewRecord(name, record), wanted
+
+    async def acquire(
+        self, op: Insert, new: NewRecord, wanted: list[tuple[str, Marker, Unique | None]]
+    ) -> list[Claim] | Conflict:
+        """Take the markers of an insert, or none of them."""
+        claims: list[Claim] = []
+        try:
+            for path, marker, unique in wanted:
+                claim = await self._markers.acquire(new.name, path, marker, unique)
+                if isinstance(claim, Claim):
+                    claims.append(claim)
+                    conflict = await self._same_id(op) if unique is None else None
+                else:
+                    conflict = claim
+                if conflict is not None:
+                    await self.release(claims)
+                    return conflict
+        except StoreError:
+            await self.release(claims)
+            raise
+        return claims
+
+    async def _same_id(self, op: Insert) -> Conflict | None:
+        """A chosen id may be that of a message which the queue had made the id for: such a one has no marker."""
+        item = op.item
+        if not op.chosen or item.id[14] != UUID7:
+            return None
+        there = await self._finder.direct(item.namespace, item.queue, item.id)
+        return None if there is None else Conflict(Cause.EXISTS, item.id)
+
+    async def release(self, claims: list[Claim]) -> None:
+        """Give markers back. If that fails, others find out by themselves."""
+        with suppress(StoreError):
+            await self._markers.release(claims)
+
+    async def _insert(self, op: Insert) -> Outcome:
+        new, wanted = self.draft(op)
+        name, record = new
+        claims = await self.acquire(op, new, wanted)
+        if isinstance(claims, Conflict):
+            return claims
+        try:
+            written = await self._engine.create_record(name, record)
+        except OutcomeUnknown:
+            raise
+        except StoreError:
+            await self.release(claims)
+            raise
+        if not isinstance(written, Known):
+            held = records.decode_held(written.data, name.path)
+            if held.birth != record.birth:
+                await self.release(claims)
+                return Conflict(Cause.EXISTS, record.id)
+            # It is this insert's, and somebody was fast.
+        for claim, (_, _, unique) in zip(claims, wanted, strict=True):
+            try:
+                other = await self._markers.confirm(claim)
+            except StoreError as error:
+                # The message is in. Who meets the marker finds it and confirms.
+                log.warning(
+                    "millpond.objects.marker_unconfirmed",
+                    extra={"object": claim.path, "message_id": record.id, "reason": str(error)},
+                )
+                continue
+            if other is not None and await self._moves.withdraw(name, record.birth):
+                return Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, other)
+        self._blobs.used(record.namespace, record.queue, record.blob)
+        return Inserted(records.item(record, name), records.mark(record, name))
+
+    async def in_the_way(self, op: Insert) -> Conflict | None:
+        """What refuses an insert, whatever its payload."""
+        item = op.item
+        if await self._finder.find(item.namespace, item.queue, item.id) is not None:
+            return Conflict(Cause.EXISTS, item.id)
+        if op.unique is not None:
+            path = names.unique_marker(item.namespace, item.queue, op.unique.key)
+            content = await self._engine.exchange.read(path)
+            if content is not None:
+                marker = records.decode(Marker, content.data, path)
+                if marker.standing == Standing.CONFIRMED and marker.until > op.unique.now:
+                    return Conflict(Cause.UNIQUE, marker.id)
+        return None
+
+    # An ack with successors
+
+    async def hand_off(self, removal: Remove, inserts: list[Insert]) -> list[Outcome]:
+        """Remove a message and insert others, all or none in the end."""
+        ops: list[Op] = [removal, *inserts]
+        keys = [key for op in ops for key in self.keys(op)]
+        async with self._engine.turn(keys):
+            return await self._hand_off(removal, inserts)
+
+    async def _hand_off(self, removal: Remove, inserts: list[Insert]) -> list[Outcome]:
+        def refused(index: int, conflict: Conflict) -> list[Outcome]:
+            outcomes: list[Outcome] = [Conflict(Cause.ABORTED)] * (len(inserts) + 1)
+            outcomes[index] = conflict
+            return outcomes
+
+        known = await self._locate(removal.item, removal.mark)
+        if isinstance(known, Conflict):
+            return refused(0, known)
+        brings: list[NewRecord] = []
+        goals: list[Goal] = []
+        all_claims: list[Claim] = []
+        causes: dict[int, Cause] = {}
+        mine: dict[str, str] = {}
+        for index, op in enumerate(inserts):
+            new, wanted = self.draft(op, known.name.path)
+            conflict: Conflict | None = None
+            for path, _, unique in wanted:
+                if path in mine and conflict is None:
+                    conflict = Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, mine[path])
+            claims = conflict or await self._acquire_or_release(op, new, wanted, all_claims)
+            if isinstance(claims, Conflict):
+                await self.release(all_claims)
+                return refused(index + 1, claims)
+            for claim, (_, _, unique) in zip(claims, wanted, strict=True):
+                mine[claim.path] = new.record.id
+                goals.append(self._markers.goal(claim, index))
+                causes[index] = Cause.EXISTS if unique is None else Cause.UNIQUE
+            all_claims += claims
+            brings.append(new)
+        for _ in range(TRIES):
+            try:
+                moved = await self._moves.move(known, brings, goals, blob=known.record.blob)
+            except OutcomeUnknown:
+                raise
+            except StoreError:
+                await self.release(all_claims)
+                raise
+            if isinstance(moved, Moved):
+                break
+            again = await self._locate(removal.item, removal.mark)
+            if isinstance(again, Conflict):
+                await self.release(all_claims)
+                return refused(0, again)
+            known = again
+        else:
+            await self.release(all_claims)
+            raise self._restless(removal.item)
+        outcomes: list[Outcome] = [Removed()]
+        for index, (name, record) in enumerate(brings):
+            if index in moved.withdrawn:
+                outcomes.append(Conflict(causes[index], moved.withdrawn[index]))
+            else:
+                self._blobs.used(record.namespace, record.queue, record.blob)
+                outcomes.append(Inserted(records.item(record, name), records.mark(record, name)))
+        return outcomes
+
+    async def _acquire_or_release(
+        self,
+        op: Insert,
+        new: NewRecord,
+        wanted: list[tuple[str, Marker, Unique | None]],
+        others: list[Claim],
+    ) -> list[Claim] | Conflict:
+        try:
+            return await self.acquire(op, new, wanted)
+        except StoreError:
+            await self.release(others)
+            raise
+
+    # Documents
+
+    async def document(self, namespace: str, queue: str) -> Document | None:
+        """The queue's document."""
+        path = names.policy(namespace, queue)
+        content = await self._engine.exchange.read(path)
+        if content is None:
+            self._documents.pop(path, None)
+            return None
+        text = records.decode(Text, content.data, path)
+        self._documents[path] = (text.version, content.tag)
+        return Document(text.data, str(text.version))
+
+    async def _put_document(self, op: PutDocument) -> Outcome:
+        path = names.policy(op.namespace, op.queue)
+        exchange = self._engine.exchange
+        version = 1
+        if op.expect is not None:
+            if not op.expect.isascii() or not op.expect.isdigit():
+                return Conflict(Cause.STATE)
+            version = int(op.expect) + 1
+        data = records.encode(Text(records.FORMAT, self._engine.write_id(), version, op.data))
+        if op.expect is None:
+            result = await exchange.create(path, data, insist=True)
+        else:
+            if self._documents.get(path, (0, None))[0] != version - 1:
+                await self.document(op.namespace, op.queue)
+            known = self._documents.get(path)
+            if known is None or known[0] != version - 1:
+                return Conflict(Cause.STATE)
+            result = cast("Tag", await exchange.swap(path, data, known[1]))
+        if not isinstance(result, Tag):
+            self._documents.pop(path, None)
+            return Conflict(Cause.STATE)
+        self._documents[path] = (version, result)
+        return DocumentWritten(str(version))
+
+
+def _resealed(op: Reseal, record: Record) -> tuple[Record, Outcome | None] | Conflict:
+    state = record.state
+    if op.state is not None:
+        if state is None or str(record.state_version) != op.state.etag:
+            return Conflict(Cause.STATE, record.id)
+        state = op.state.data
+    payload = record.payload if op.payload is None else op.payload
+    return msgspec.structs.replace(record, head=op.head, status=op.status, payload=payload, state=state), None
+
+
+def _with_state(op: PutState | DropState, record: Record) -> tuple[Record, Outcome | None] | Conflict:
+    if op.expect != (None if record.state is None else str(record.state_version)):
+        return Conflict(Cause.STATE, record.id)
+    version = record.state_version + 1
+    data = op.data if isinstance(op, PutState) else None
+    new = msgspec.structs.replace(record, state=data, state_version=version)
+    return new, StateWritten("" if data is None else str(version))
