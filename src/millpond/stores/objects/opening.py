@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
@@ -21,8 +22,8 @@ from millpond.errors import InvalidInput, StoreError
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
 from millpond.stores.objects.clouds import Cloud
-from millpond.stores.objects.obstore_bucket import PATIENCE, TIMEOUT, Clients, ObstoreBucket
-from millpond.stores.objects.probe import probe
+from millpond.stores.objects.obstore_bucket import DELETE_WINDOW, PATIENCE, TIMEOUT, Clients, ObstoreBucket
+from millpond.stores.objects.probe import check_at_opening, probe
 from millpond.stores.objects.profile import credentials_of_profile
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ _LONGEST_PREFIX = 400
 """Of the 1,024 bytes that clouds give a name, some 500 are for what stands below the prefix."""
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CONNECT_TIMEOUT = 5.0
+_CLOCKS_APART = 3.0
+"""Seconds by which a corrected clock may still be wrong: clouds tell whole seconds, and replies take time."""
 _SILENCE = 60.0
 """Seconds without a byte after which the transfer of a large part is given up; also for the part to be sent in."""
 _PART_RETRIES = 4
@@ -74,6 +77,12 @@ class Location(msgspec.Struct, frozen=True, kw_only=True):
     def where(self) -> str:
         """The URL without its options."""
         return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+
+    @property
+    def identity(self) -> str:
+        """Which bucket it is of all that there are, as far as a URL tells."""
+        at = self.endpoint or self.account
+        return self.where + (f" at {at}" if at else "")
 
 
 def _boolean(value: str) -> bool:
@@ -286,12 +295,19 @@ def open_bucket(
 
 def open_object_store(url: str, *, clock: Clock) -> Store:
     """The store in the bucket that ``url`` names, not opened yet. Raises InvalidInput, StoreError."""
-    from millpond.stores.objects.store import ObjectStore  # type: ignore[import-not-found,unused-ignore]
+    from millpond.stores.objects.store import INLINE_LIMIT, ObjectStore
 
     location = parse_location(url)
-    options = {} if location.inline_limit is None else {"inline_limit": location.inline_limit}
-    store: Store = ObjectStore(open_bucket(location, clock=clock), clock=clock, **options)
-    return store
+    ids = IdSource(clock)
+    bucket = open_bucket(location, clock=clock, ids=ids)
+    return ObjectStore(
+        bucket,
+        clock=clock,
+        inline_limit=INLINE_LIMIT if location.inline_limit is None else location.inline_limit,
+        margin=round((location.timeout + DELETE_WINDOW + _CLOCKS_APART) * 1000),
+        name=location.scheme,
+        check=partial(check_at_opening, bucket, where=location.identity, clock=clock, ids=ids),
+    )
 
 
 async def probe_url(url: str, *, clock: Clock) -> list[Finding]:

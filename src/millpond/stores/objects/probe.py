@@ -21,12 +21,9 @@ from millpond.errors import MillpondError, StoreBusy, StoreError, StoreMismatch
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
 from millpond.stores.base import Finding
+from millpond.stores.objects import names
 from millpond.stores.objects.bucket import Bucket, Content, Entry, ObjectChanged, ObjectExists, OutcomeUnknown, Tag
 
-NOTE = "probe.json"
-"""The note that a bucket has passed."""
-FOLDER = "probe/"
-"""Where the objects lie that a probe writes: removed at its end, or by a later whole probe if it was killed."""
 VERSION = 1
 """Of what is asked at opening. Raised when more is, so that buckets are asked again."""
 GOOD_FOR = 30 * 86_400_000
@@ -44,7 +41,7 @@ TOLERATED_SKEW = 5_000
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
-    """What `NOTE` says, as JSON."""
+    """What the note says, as JSON."""
 
     probe: int
     where: str
@@ -53,10 +50,10 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
 async def check_at_opening(bucket: Bucket, *, where: str, clock: Clock, ids: IdSource) -> None:
     """Make sure that writes to the bucket are conditional, once per URL and month. ``where`` is the URL, without
     secrets. Raises StoreMismatch when they are not, StoreError when it cannot be found out."""
-    note = await bucket.read(NOTE)
+    note = await bucket.read(names.PROBE_NOTE)
     if note is not None and _counts(note, where, clock.now_ms()):
         return
-    folder = f"{FOLDER}{ids.random(12).hex()}/"
+    folder = f"{names.PROBES}{ids.random(12).hex()}/"
     try:
         await _race_creates(bucket, folder + "c", ids, 2)
         await _race_replaces(bucket, folder + "r", ids, 2)
@@ -69,9 +66,9 @@ async def check_at_opening(bucket: Bucket, *, where: str, clock: Clock, ids: IdS
     data = msgspec.json.encode(Note(probe=VERSION, where=where))
     try:
         if note is None:
-            await bucket.create(NOTE, data)
+            await bucket.create(names.PROBE_NOTE, data)
         else:
-            await bucket.replace(NOTE, data, note.tag)
+            await bucket.replace(names.PROBE_NOTE, data, note.tag)
     except (ObjectExists, ObjectChanged, OutcomeUnknown):
         pass  # another process has found the same, or the next one will
 
@@ -147,7 +144,7 @@ class _Probe:
         self.bucket = bucket
         self.clock = clock
         self.ids = ids
-        self.folder = f"{FOLDER}{ids.random(12).hex()}/"
+        self.folder = f"{names.PROBES}{ids.random(12).hex()}/"
 
     async def checks(self) -> AsyncGenerator[Finding, None]:
         for check in (self.may_write, self.may_read, self.may_list, self.may_delete):
@@ -256,12 +253,12 @@ class _Probe:
         return entry
 
     async def order(self) -> str:
-        names = [f"{self.folder}o/{number:032x}-{self.ids.random(4).hex()}" for number in range(12)]
-        await asyncio.gather(*(self.bucket.create(name, b"") for name in reversed(names)))
+        there = [f"{self.folder}o/{number:032x}-{self.ids.random(4).hex()}" for number in range(12)]
+        await asyncio.gather(*(self.bucket.create(name, b"") for name in reversed(there)))
         prefix = self.folder + "o/"
-        if [entry.name async for page in self.bucket.list(prefix) for entry in page] != names:
+        if [entry.name async for page in self.bucket.list(prefix) for entry in page] != there:
             raise _Broken("listings are not in the order of names")
-        if [entry.name async for page in self.bucket.list(prefix, after=names[5]) for entry in page] != names[6:]:
+        if [entry.name async for page in self.bucket.list(prefix, after=there[5]) for entry in page] != there[6:]:
             raise _Broken("a listing that starts after a name lacks some, or has others")
         found = await self.bucket.folder(self.folder)
         if f"{self.folder}o" not in found.folders:
@@ -269,14 +266,14 @@ class _Probe:
         return "by name"
 
     async def deletes(self) -> str:
-        names = [f"{self.folder}d/{number}" for number in range(5)]
-        await asyncio.gather(*(self.bucket.create(name, b"") for name in names))
-        await self.bucket.delete(names[0])
-        await self.bucket.delete(names[0])
-        await self.bucket.delete_many(names[:4])
-        if await self.bucket.read(names[0]) is not None or await self.bucket.read(names[1]) is not None:
+        there = [f"{self.folder}d/{number}" for number in range(5)]
+        await asyncio.gather(*(self.bucket.create(name, b"") for name in there))
+        await self.bucket.delete(there[0])
+        await self.bucket.delete(there[0])
+        await self.bucket.delete_many(there[:4])
+        if await self.bucket.read(there[0]) is not None or await self.bucket.read(there[1]) is not None:
             raise _Broken("an object that was deleted is still there")
-        if await self.bucket.read(names[4]) is None:
+        if await self.bucket.read(there[4]) is None:
             raise _Broken("an object is gone that nobody deleted")
         return "single and several; repeatable"
 
@@ -353,7 +350,7 @@ class _Probe:
     async def clean(self) -> None:
         """Remove what this probe wrote, and what others left behind long ago."""
         long_ago = self.clock.now_ms() - _LEFT_BEHIND
-        async for page in self.bucket.list(FOLDER):
+        async for page in self.bucket.list(names.PROBES):
             rest = [e.name for e in page if e.name.startswith(self.folder) or e.modified < long_ago]
             if rest:
                 await self.bucket.delete_many(rest)
@@ -373,7 +370,10 @@ async def probe(bucket: Bucket, *, clock: Clock, ids: IdSource) -> list[Finding]
         except StoreError as error:
             findings.append(
                 Finding(
-                    check="tidying up", ok=False, detail=f"objects may be left below {FOLDER}: {error}", serious=False
+                    check="tidying up",
+                    ok=False,
+                    detail=f"objects may be left below {names.PROBES}: {error}",
+                    serious=False,
                 )
             )
     return findings

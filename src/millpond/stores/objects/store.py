@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -70,7 +70,7 @@ class ObjectStore:
     `clock_offset`). ``inline_limit``: largest payload, bytes, in the record. ``index_bytes`` and ``index_entries``
     bound what it remembers of objects. ``margin``: milliseconds of its lease that a message must have left to be
     deleted without a condition. ``fenced_removals``: never do that, for those who let several processes answer under
-    one lease.
+    one lease. ``check`` is run at opening before anything is written, and raises if the bucket will not do.
     """
 
     def __init__(
@@ -86,7 +86,9 @@ class ObjectStore:
         margin: int = MARGIN,
         fenced_removals: bool = False,
         name: str = "objects",
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self._check = check
         options = Options(margin=margin, fenced_removals=fenced_removals)
         index = Index(entries=index_entries, size=index_bytes)
         engine = self._engine = Engine(
@@ -139,6 +141,8 @@ class ObjectStore:
         self._check_open()
         if self._open:
             return
+        if self._check is not None:
+            await self._check()
         engine = self._engine
         content: Content | None = await engine.exchange.read(names.ROOT)
         if content is None:
