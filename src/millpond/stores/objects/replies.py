@@ -57,9 +57,10 @@ _CONNECTING = re.compile(r"\(\s*Connect,")
 """hyper's name for the phase before there is a connection; a time-out in it has sent nothing."""
 _URL = re.compile(r"https?://[^\s?\"]+")
 _CREDENTIAL_URL = re.compile(
-    r"//169\.254\.\d+\.\d+|//\[?fd00:ec2|/latest/api/token|/latest/meta-data/|/computeMetadata/|/metadata/identity/"
-    r"|//metadata\.google\.internal|//oauth2\.googleapis\.com|//login\.microsoftonline\.|//sts\.[a-z0-9.-]*amazonaws"
-    r"|//iamcredentials\.googleapis\.com|/oauth2/v?[\d.]*/?token"
+    r"https?://(169\.254\.\d+\.\d+|\[?fd00:ec2|metadata\.google\.internal|oauth2\.googleapis\.com"
+    r"|iamcredentials\.googleapis\.com|login\.microsoftonline\.|sts\.[a-z0-9.-]*amazonaws"
+    # On a host of its own, as variables of the environment may name one; a bucket comes before these in any other URL.
+    r"|[^/]+/(latest/api/token|latest/meta-data/|computeMetadata/|metadata/identity/))"
 )
 _CREDENTIAL_WORDS = re.compile(r"(?i)credential|token (request|response)|service account|\.aws/|security token")
 
@@ -120,7 +121,7 @@ def read_reply(error: BaseException) -> Reply:
 
 def _asks_for_credentials(text: str) -> bool:
     first = _URL.search(text)
-    return first is not None and _CREDENTIAL_URL.search(first[0]) is not None
+    return first is not None and _CREDENTIAL_URL.match(first[0]) is not None
 
 
 def _by_code(code: str) -> Outcome | None:
