@@ -60,10 +60,15 @@ LATE = Fault(forward=True, silence=True)
 
 
 class FaultProxy:
-    """Listens on a free port of 127.0.0.1 and forwards to ``port`` there. Use as ``async with`` inside one test."""
+    """Listens on a free port of 127.0.0.1 and forwards to ``port`` there. Use as ``async with`` inside one test.
 
-    def __init__(self, port: int) -> None:
+    ``drop``: which headers (name and value, in lower case) are not forwarded: without conditions a server becomes one
+    that ignores them.
+    """
+
+    def __init__(self, port: int, *, drop: Callable[[str, str], bool] = lambda name, value: False) -> None:
         self._upstream = port
+        self._drop = drop
         self._plans: list[tuple[Callable[[Request], bool], list[Fault | None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.requests: list[Request] = []
@@ -131,7 +136,8 @@ class FaultProxy:
 
     async def _forward(self, lines: list[str], body: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._upstream)
-        kept = [line for line in lines[1:-2] if not line.lower().startswith("connection:")]
+        headers = ((line, *(part.strip() for part in line.lower().split(":", 1))) for line in lines[1:-2])
+        kept = [line for line, name, value in headers if name != "connection" and not self._drop(name, value)]
         head = "\r\n".join([lines[0], *kept, "Connection: close", "", ""])
         with contextlib.closing(writer):
             writer.write(head.encode("latin-1") + body)

@@ -196,8 +196,8 @@ class ObstoreBucket:
         each page one request; an empty one if there are none.
 
         Every page is in order, and pages are among one another, except on servers that list by folders (SeaweedFS)
-        where a folder's name begins with that of an object or folder beside it. Azure may list from the folder's start
-        whatever ``after`` says: it costs the pages before.
+        where a folder's name begins with that of an object or folder beside it: there a page may be behind the one
+        before it, and a listing with ``after`` lack some. So Millpond lists across no folders whose names do that.
         """
         # obstore's prefixes are whole folders. A listing that starts where the names begin that are wanted, and ends
         # where they end, finds them in as many requests.

@@ -447,6 +447,32 @@ async def test_an_upload_that_fails_is_taken_back(seaweed: Server, opened: Open)
         assert await listed(bucket) == []
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_the_parts_of_an_upload_that_ends_early_are_taken_back(
+    cancelled: bool, seaweed: Server, opened: Open
+) -> None:
+    async with FaultProxy(seaweed.port) as proxy:
+        bucket = opened(proxy.port)
+        waiting = asyncio.Event()
+
+        async def source() -> AsyncIterator[bytes]:
+            for _ in range(3):
+                yield b"x" * PART
+            waiting.set()
+            if not cancelled:
+                raise ZeroDivisionError
+            await asyncio.Event().wait()
+
+        upload = asyncio.create_task(bucket.upload("blob", source()))
+        await waiting.wait()
+        if cancelled:
+            upload.cancel()
+        with pytest.raises(asyncio.CancelledError if cancelled else ZeroDivisionError):
+            await upload
+        assert proxy.requests[0].method == "POST"
+        assert (proxy.requests[-1].method, "uploadId=" in proxy.requests[-1].path) == ("DELETE", True)
+
+
 async def test_every_request_is_told_with_its_kind_and_name(seaweed: Server, opened: Open) -> None:
     told: list[tuple[str, str]] = []
     async with FaultProxy(seaweed.port) as proxy:
