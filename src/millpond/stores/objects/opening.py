@@ -39,6 +39,11 @@ _EXAMPLE = {
     Cloud.AZURE: "az://container/prefix?account=name",
 }
 _EXTRA = {Cloud.S3: "s3", Cloud.GOOGLE: "gcs", Cloud.AZURE: "azure"}
+_ENDPOINTS = {
+    Cloud.S3: ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    Cloud.GOOGLE: ("GOOGLE_BASE_URL",),
+    Cloud.AZURE: ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 _SEGMENT = re.compile(r"[A-Za-z0-9._=@+,-]+")
 """What no cloud and no proxy writes differently in a URL."""
@@ -181,9 +186,10 @@ def parse_location(url: str) -> Location:
     at = f"{parts.scheme}://{parts.netloc}/{prefix}"
     if parts.fragment or "#" in url:
         raise InvalidInput(f"{at} is followed by a #, which a bucket's URL cannot have")
-    location = Location(
-        cloud=cloud, scheme=parts.scheme, bucket=parts.netloc, prefix=prefix, **_options(cloud, parts.query, at)
-    )
+    options = _options(cloud, parts.query, at)
+    if "endpoint" not in options and (found := _endpoint_of_environment(cloud)) is not None:
+        options["endpoint"] = found
+    location = Location(cloud=cloud, scheme=parts.scheme, bucket=parts.netloc, prefix=prefix, **options)
     endpoint = location.endpoint
     if endpoint is not None and endpoint.startswith("http:") and not (location.allow_http or _is_loopback(endpoint)):
         raise InvalidInput(
@@ -231,6 +237,17 @@ def _options(cloud: Cloud, query: str, at: str) -> dict[str, Any]:
         except ValueError as error:
             raise InvalidInput(f"{at}: {name} is to be {error}") from None
     return options
+
+
+def _endpoint_of_environment(cloud: Cloud) -> str | None:
+    """What obstore would take from there; read here, so that the same is asked of it as of one in the URL."""
+    for variable in _ENDPOINTS[cloud]:
+        if value := os.environ.get(variable):
+            try:
+                return _endpoint(value)
+            except ValueError as error:
+                raise InvalidInput(f"the environment's {variable} is to be {error}") from None
+    return None
 
 
 def _is_loopback(endpoint: str) -> bool:

@@ -351,6 +351,17 @@ async def test_each_kind_of_request_names_its_permission(seaweed: Server, opened
                 await call
 
 
+async def test_one_object_is_deleted_by_name_and_several_at_once(seaweed: Server, opened: Open) -> None:
+    async with FaultProxy(seaweed.port) as proxy:
+        bucket = opened(proxy.port)
+        await bucket.delete("a")
+        assert proxy.requests[-1].method == "DELETE"
+        assert proxy.requests[-1].path.endswith("/a")
+        await bucket.delete_many([f"n{number}" for number in range(1001)])
+        assert [request.method for request in proxy.requests[1:]] == ["POST", "POST"]
+        assert bucket.sent == {"delete": 1, "delete_many": 2}
+
+
 async def test_deletes_that_failed_one_by_one_are_told(seaweed: Server, opened: Open) -> None:
     result = b"<DeleteResult><Error><Key>%s/a</Key><Code>%s</Code><Message>m</Message></Error></DeleteResult>"
     async with FaultProxy(seaweed.port) as proxy:
@@ -443,7 +454,7 @@ async def test_an_upload_that_fails_is_taken_back(seaweed: Server, opened: Open)
         proxy.plan(*[denied] * 10, where=on("PUT", "partNumber=2"))
         with pytest.raises(StoreError, match="allow s3:PutObject"):
             await bucket.upload("blob", chunks_of(*[b"x" * PART] * 5))
-        assert [request.method for request in proxy.requests][-1] == "DELETE", "the parts that were stored"
+        assert "DELETE" in [request.method for request in proxy.requests], "the parts that were stored"
         assert await listed(bucket) == []
 
 
@@ -470,7 +481,8 @@ async def test_the_parts_of_an_upload_that_ends_early_are_taken_back(
         with pytest.raises(asyncio.CancelledError if cancelled else ZeroDivisionError):
             await upload
         assert proxy.requests[0].method == "POST"
-        assert (proxy.requests[-1].method, "uploadId=" in proxy.requests[-1].path) == ("DELETE", True)
+        # A part that was on its way may come in after it; the rule for incomplete uploads is for that.
+        assert [seen.method for seen in proxy.requests if "uploadId=" in seen.path].count("DELETE") == 1
 
 
 async def test_every_request_is_told_with_its_kind_and_name(seaweed: Server, opened: Open) -> None:
@@ -522,6 +534,12 @@ async def test_the_other_clouds_are_read_as_well(
             proxy.plan(fault)
             await bucket.read("a")
             await opened().delete("b")
+        # Of several deletes Azure tells the first that failed, and one that is gone already is one.
+        await bucket.create("c", b"")
+        if kind == "azurite":
+            proxy.plan(answer(404, "Not Found", s3_error("BlobNotFound")), where=on("POST", "comp=batch"))
+        await bucket.delete_many(["never", "c"])
+        assert await bucket.read("c") is None
         proxy.plan(CONFLICT)
         proxy.plan(answer(404, "Not Found", s3_error("ContainerNotFound")))
         with pytest.raises(MillpondError) as caught:

@@ -35,6 +35,12 @@ def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "AWS_WEB_IDENTITY_TOKEN_FILE",
         "AZURE_STORAGE_ACCOUNT_NAME",
         "GOOGLE_APPLICATION_CREDENTIALS",
+        "AWS_ENDPOINT_URL_S3",
+        "AWS_ENDPOINT_URL",
+        "AWS_ENDPOINT",
+        "GOOGLE_BASE_URL",
+        "AZURE_STORAGE_ENDPOINT",
+        "AZURE_ENDPOINT",
     ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
@@ -132,6 +138,21 @@ def test_what_cannot_be_right_is_refused_with_what_to_write(url: str, words: str
     with pytest.raises(InvalidInput) as again:
         millpond.connect(url)
     assert SECRET not in str(again.value)
+
+
+def test_an_endpoint_of_the_environment_is_held_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000/")
+    assert parse_location("s3://bucket/p").identity == "s3://bucket/p at http://127.0.0.1:9000"
+    assert parse_location("s3://bucket/p?endpoint=https://other").endpoint == "https://other"
+    assert parse_location("gs://bucket/p").endpoint is None
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3.example.com")
+    with pytest.raises(InvalidInput, match="in the clear"):
+        parse_location("s3://bucket/p")
+    assert parse_location("s3://bucket/p?allow_http=true").endpoint == "http://s3.example.com"
+    monkeypatch.setenv("GOOGLE_BASE_URL", f"https://user:{SECRET}@host")
+    with pytest.raises(InvalidInput, match="the environment's GOOGLE_BASE_URL is to be https://host") as caught:
+        parse_location("gs://bucket/p")
+    assert SECRET not in str(caught.value)
 
 
 def test_every_option_is_in_the_guide() -> None:
