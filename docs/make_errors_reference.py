@@ -74,9 +74,9 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "Check queue and namespace. When you only look, take it as gone. It is a `LookupError`, too.",
     ),
     errors.LeaseLost: (
-        "The lease ended and somebody else was given the message, or it was answered already, or is gone, or lease "
-        "id and "
-        "token do not belong together. Nothing was changed.",
+        "The text says which: the message was delivered again since (the lease ended unanswered); it was given back or "
+        "redriven; it is a dead letter; it is gone; or this lease was never given, because lease id or token are not "
+        "from a delivery of this message. Nothing was changed.",
         "Stop working on the message; do not repeat the answer. If it happens often: longer leases, `extend` while you "
         "work, or fewer messages per `receive`.",
     ),
@@ -119,9 +119,9 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "Check the URL; upgrade Millpond; use a local disk; leave out the keyring.",
     ),
     errors.StoreCorrupt: (
-        "The file, or a record in it, is damaged.",
-        "One record: `millpond verify`, then `discard-unreadable`. The file: stop everything, keep a copy, restore a "
-        "backup, "
+        "The file, or a record, a policy or a payload in it, is damaged.",
+        "One record: `millpond verify`, then `discard-unreadable`. A policy: `policy reset`. A payload: take the "
+        "message from a backup, or bury it. The file: stop everything, keep a copy, restore a backup, "
         "and find the cause (see the [checklist](../production/checklist.md)).",
     ),
     errors.CryptoError: (

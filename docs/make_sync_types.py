@@ -47,14 +47,15 @@ IMPORTS = """\
 import builtins
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from millpond.errors import MillpondError
 from millpond.message import Lease
 from millpond.model.clock import Clock
 from millpond.queue import Answer, QueueCounts, Receipt
+from millpond.requests import PondRequests
 from millpond.service.collector import Collected
-from millpond.service.config import Config, QueuePolicy
+from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
 

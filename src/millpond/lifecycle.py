@@ -123,7 +123,8 @@ class NotPossible(Exception):
 # Looking a member up in its class costs as much as making a Status (Python 3.11), so the hot functions use these.
 _LEASED, _LAPSED, _DELAYED, _READY, _DEAD = State.LEASED, State.LAPSED, State.DELAYED, State.READY, State.DEAD
 _GRANT, _CLEAR = LeaseRule.GRANT, LeaseRule.CLEAR
-_DELIVER = {state: change for (state, event), change in TABLE.items() if event is Event.DELIVER}
+# An enum member's hash is computed in Python, too.
+_DELIVER_READY, _DELIVER_LAPSED = TABLE[State.READY, Event.DELIVER], TABLE[State.LAPSED, Event.DELIVER]
 
 
 def state_of(status: Status, now: int) -> State:
@@ -249,9 +250,9 @@ def deliver(
     state = state_of(status, now)
     if state is _LEASED or state is _DELAYED:
         return Wait(status.visible_at)
-    change = _DELIVER.get(state)
-    if change is None:
+    if state is _DEAD:
         raise NotPossible(state, Event.DELIVER)
+    change = _DELIVER_READY if state is _READY else _DELIVER_LAPSED
     if expired(status, now):
         return _give_up(Event.EXPIRE, status, now, REASON_EXPIRED, bury_expired)
     if head.max_attempts and status.failures + change.failures >= head.max_attempts:
@@ -263,22 +264,36 @@ def deliver(
 
 def check_lease(status: Status | None, lease_id: str, token: int) -> Lease:
     """The message's lease, if it is the one named. Raises LeaseLost (also for None: the message is gone)."""
-    if status is None:
-        raise LeaseLost("the message is gone: it was acked, or removed, by another holder; nothing was changed")
-    lease = status.lease
-    if lease is None:
-        raise LeaseLost(f"lease {lease_id} (token {token}) ended: the message was given back; nothing was changed")
-    if lease.token != token or lease.id != lease_id:
-        raise LeaseLost(
-            f"lease {lease_id} (token {token}) is not the current one: the message has been delivered again "
-            f"(token {lease.token}); nothing was changed"
-        )
+    lease = None if status is None else status.lease
+    if lease is None or lease.token != token or lease.id != lease_id:
+        raise LeaseLost(f"{_why_lost(status, lease_id, token)}; nothing was changed")
     return lease
+
+
+def _why_lost(status: Status | None, lease_id: str, token: int) -> str:
+    """Why the named lease is not the message's, as far as its record tells: who reads it has to find out whether a
+    worker was too slow or an answer was made up."""
+    if status is None:
+        return "the message is gone: it was acked, removed, or never in this queue"
+    if status.dead is not None:
+        return f"the message is a dead letter ({status.dead.reason}), which nobody holds; redrive it to have it again"
+    named = f"lease {lease_id} (token {token})"
+    if token > status.token:
+        given = f"its last token is {status.token}" if status.token else "it was not delivered yet"
+        return f"{named} was never given for this message: {given}"
+    if token < status.token:
+        return f"{named} is over: the message has been delivered again since (token {status.token})"
+    if status.lease is not None:
+        return f"{named} was never given: token {token} belongs to another lease id"
+    # The lease's id went with it; the token says which delivery it was.
+    return f"{named} is over: the message was given back, or redriven, and nobody holds it now"
 
 
 def ack(status: Status | None, lease_id: str, token: int) -> None:
     """The holder is done. Raises LeaseLost; otherwise record, payload and state may go."""
-    check_lease(status, lease_id, token)
+    lease = None if status is None else status.lease
+    if lease is None or lease.token != token or lease.id != lease_id:
+        check_lease(status, lease_id, token)
 
 
 def nack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
 
 from millpond import lifecycle
 from millpond.errors import InvalidInput, MessageNotFound, PayloadNotLoaded, TooLarge
@@ -83,13 +84,11 @@ class MessageState:
 class Message:
     """A message that this consumer holds until its lease ends. Answer with ack, nack, defer or bury."""
 
-    __slots__ = ("_delivery", "_lease_cache", "_record", "_service")
+    __slots__ = ("_delivery", "_service")
 
     def __init__(self, service: QueueService, delivery: Delivery) -> None:
         self._service = service
         self._delivery = delivery
-        self._record = delivery.record
-        self._lease_cache: Lease | None = None
 
     # What it is
 
@@ -112,20 +111,21 @@ class Message:
     def lease(self) -> Lease:
         """The lease, with the end that the last extension gave it."""
         delivery = self._delivery
-        record = delivery.record or self._record
+        record = delivery.record or delivery.given
         if record is not None and record.status.lease is not None:
             return _lease(record.status.lease)
         return Lease(delivery.lease_id, delivery.token)
 
     def _known(self) -> Record:
-        if self._record is None:
+        record = self._delivery.given
+        if record is None:
             raise PayloadNotLoaded("this handle was made from ids alone; read the message with queue.get(id)")
-        return self._record
+        return record
 
     @property
     def payload(self) -> bytes:
         """The payload. Raises PayloadNotLoaded when it is stored apart (use `read` or `stream`), and what reading it
-        raised when it cannot be read (Tampered, UnknownKey)."""
+        raised when it cannot be read (Tampered, UnknownKey), StoreCorrupt when it is not what was enqueued."""
         payload = self._delivery.payload
         if payload is None:
             if self._delivery.trouble is not None:
@@ -134,6 +134,12 @@ class Message:
             raise PayloadNotLoaded(
                 f"the payload of {record.head.payload_size} bytes is stored apart; use message.stream() or read()"
             )
+        if not self._delivery.intact:
+            # Once, and not before somebody asks; written out, because each delivery comes here.
+            record = self._known()
+            if record.head.checksum is not None and crc32(payload) != record.head.checksum:
+                payloads.check(record.head, crc32(payload))
+            self._delivery.intact = True
         return payload
 
     @property
@@ -210,9 +216,10 @@ class Message:
     # The payload
 
     def stream(self) -> AsyncIterator[bytes]:
-        """The payload in chunks, in bounded memory, wherever it is stored."""
+        """The payload in chunks, in bounded memory, wherever it is stored. Raises StoreCorrupt while reading, at the
+        end if it is stored apart: act on nothing before the end."""
         if self._delivery.payload is not None:
-            return _once(self._delivery.payload)
+            return _once(self)
         return self._service.payload_chunks(self._known())
 
     async def read(self, limit: int | None = None) -> bytes:
@@ -271,8 +278,8 @@ class Message:
         return f"<Message {self.id} of {self.namespace}/{self.queue}, token {self._delivery.token}>"
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
-    yield data
+async def _once(message: Message) -> AsyncIterator[bytes]:
+    yield message.payload
 
 
 def hand_off(entry: Any, namespace: str) -> HandOff:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from millpond.errors import InvalidInput, MillpondError
 from millpond.message import Lease, Message, MessageView
 from millpond.model import names
 from millpond.model.message import DEFAULT_PRIORITY
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
+from millpond.service.config import (
+    DEFAULT_OPTIONS,
+    EnqueueFields,
+    EnqueueOptions,
+    PolicyFields,
+    QueuePolicy,
+    milliseconds,
+)
 from millpond.service.consuming import Delivery
 from millpond.service.dispatcher import Dispatcher
+from millpond.service.producing import Receipt
 from millpond.service.service import QueueService
 from millpond.stores.base import Box
 
 CHUNK = 500
 """Messages of one `enqueue_many` written together: bounded memory for any iterable, and a shared commit."""
-
-
-class Receipt(NamedTuple):
-    """What an enqueue is answered with."""
-
-    message_id: str
-    duplicate: bool
-    """The message was there already (same dedup key or id); nothing was added."""
 
 
 class Answer(NamedTuple):
@@ -155,10 +155,11 @@ class Queue:
                 correlation_id=correlation_id,
                 message_id=message_id,
             )
-        done = await self._service.enqueue(self.namespace, self.name, payload, options)
-        return Receipt(done.message_id, done.duplicate)
+        return await self._service.enqueue(self.namespace, self.name, payload, options)
 
-    async def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> list[Receipt]:
+    async def enqueue_many(
+        self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Unpack[EnqueueFields]
+    ) -> list[Receipt]:
         """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
 
         ``payloads``: any iterable, also an async one, of what `enqueue` takes. ``options``: as for `enqueue`, the same
@@ -175,8 +176,7 @@ class Queue:
         chunk: list[Any] = []
 
         async def flush() -> None:
-            done = await self._service.enqueue_many(self.namespace, self.name, chunk, parsed)
-            receipts.extend([Receipt(one.message_id, one.duplicate) for one in done])
+            receipts.extend(await self._service.enqueue_many(self.namespace, self.name, chunk, parsed))
             chunk.clear()
 
         if isinstance(payloads, AsyncIterable):
@@ -209,7 +209,10 @@ class Queue:
         ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
         service = self._service
         patience = milliseconds(wait, "wait") / 1000
-        deliveries = await service.claim(self.namespace, self.name, count, visibility=visibility, owner=owner)
+        left = patience > 0 and self._dispatcher.looks_after(self.namespace, self.name)
+        deliveries = await service.claim(
+            self.namespace, self.name, count, visibility=visibility, owner=owner, check_only=left
+        )
         if not deliveries and patience:
             deliveries = await self._wait(count, patience, visibility, owner)
         return [Message(service, delivery) for delivery in deliveries]
@@ -258,6 +261,13 @@ class Queue:
         id = names.message_id(message_id)
         return Message(self._service, Delivery(self.namespace, self.name, id, lease_id, token))
 
+    async def notify(self) -> None:
+        """Tell this process that the queue may have changed: who waits looks at once instead of at the next poll. For
+        what is told from outside Millpond, as by a bucket's notifications. Costs nothing while nobody waits; spurious
+        and repeated calls cost a look at most."""
+        self._service.foreign_change(self.namespace, self.name)
+        self._dispatcher.notify(self.namespace, self.name)
+
     # Operators
 
     async def counts(self) -> QueueCounts:
@@ -289,7 +299,9 @@ class Queue:
         return await self._service.purge(self.namespace, self.name)
 
     async def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        """Hand nothing out until `resume`, in every process within a second (a minute where requests cost money, see
+        `Config.policy_max_age`). Safe to repeat. It may come before the first message: the queue is then there by its
+        policy."""
         await self._service.pause(self.namespace, self.name)
 
     async def resume(self) -> None:
@@ -300,11 +312,17 @@ class Queue:
         """The queue's policy."""
         return await self._service.queue_policy(self.namespace, self.name)
 
-    async def set_policy(self, **fields: Any) -> QueuePolicy:
+    async def set_policy(self, **fields: Unpack[PolicyFields]) -> QueuePolicy:
         """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
 
         Raises InvalidInput for unknown fields and values out of range."""
         return await self._service.set_policy(self.namespace, self.name, **fields)
+
+    async def reset_policy(self) -> QueuePolicy:
+        """Put the default policy in place of the queue's, which also resumes it; the way out when the stored one is
+        damaged, or under a key that is lost (StoreCorrupt, Tampered, UnknownKey at every enqueue and receive). Safe to
+        repeat. Look for the key first, and for a newer Millpond if it is StoreMismatch: what the policy was is gone."""
+        return await self._service.reset_policy(self.namespace, self.name)
 
     def __repr__(self) -> str:
         return f"<Queue {self.namespace}/{self.name}>"
@@ -323,7 +341,8 @@ def _deliveries(messages: Iterable[Message]) -> list[Delivery]:
 
 
 def _answers(deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> list[Answer]:
-    return [Answer(delivery.id, error) for delivery, error in zip(deliveries, errors, strict=True)]
+    # What Answer() does by way of a Python function; this is paid per message.
+    return [tuple.__new__(Answer, (delivery.id, error)) for delivery, error in zip(deliveries, errors, strict=True)]
 
 
 __all__ = ["Answer", "DeadLetters", "Lease", "Queue", "QueueCounts", "Receipt"]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from millpond.errors import MillpondError
 from millpond.message import Lease
 from millpond.model.clock import Clock
 from millpond.queue import Answer, QueueCounts, Receipt
+from millpond.requests import PondRequests
 from millpond.service.collector import Collected
-from millpond.service.config import Config, QueuePolicy
+from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
 
@@ -52,7 +53,7 @@ class SyncMessage:
     @property
     def payload(self) -> bytes:
         """The payload. Raises PayloadNotLoaded when it is stored apart (use `read` or `stream`), and what reading it
-        raised when it cannot be read (Tampered, UnknownKey)."""
+        raised when it cannot be read (Tampered, UnknownKey), StoreCorrupt when it is not what was enqueued."""
 
     @property
     def payload_size(self) -> int:
@@ -111,7 +112,8 @@ class SyncMessage:
         """The workflow state."""
 
     def stream(self) -> Iterator[bytes]:
-        """The payload in chunks, in bounded memory, wherever it is stored."""
+        """The payload in chunks, in bounded memory, wherever it is stored. Raises StoreCorrupt while reading, at the
+        end if it is stored apart: act on nothing before the end."""
 
     def read(self, limit: int | None = ...) -> bytes:
         """The whole payload in memory. Raises TooLarge when it is larger than ``limit`` bytes."""
@@ -296,7 +298,11 @@ class SyncQueue:
 
         Raises InvalidInput and TooLarge before anything is written, StoreError."""
 
-    def enqueue_many(self, payloads: Iterable[Any] | AsyncIterable[Any], **options: Any) -> builtins.list[Receipt]:
+    def enqueue_many(
+        self,
+        payloads: Iterable[Any] | AsyncIterable[Any],
+        **options: Unpack[EnqueueFields],
+    ) -> builtins.list[Receipt]:
         """Put messages into the queue, in order, in shared commits of up to 500; each stands on its own.
 
         ``payloads``: any iterable, also an async one, of what `enqueue` takes. ``options``: as for `enqueue`, the same
@@ -337,6 +343,11 @@ class SyncQueue:
         """A message held by this lease, to be answered from here: for answers that arrive by another way than the
         delivery (a command line, a web request). Nothing is read; a wrong lease shows in the answer."""
 
+    def notify(self) -> None:
+        """Tell this process that the queue may have changed: who waits looks at once instead of at the next poll. For
+        what is told from outside Millpond, as by a bucket's notifications. Costs nothing while nobody waits; spurious
+        and repeated calls cost a look at most."""
+
     def counts(self) -> QueueCounts:
         """How the queue stands now; costs the same however long it is."""
 
@@ -354,7 +365,9 @@ class SyncQueue:
         """Remove every live message that no consumer holds; how many. Dead letters stay."""
 
     def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat."""
+        """Hand nothing out until `resume`, in every process within a second (a minute where requests cost money, see
+        `Config.policy_max_age`). Safe to repeat. It may come before the first message: the queue is then there by its
+        policy."""
 
     def resume(self) -> None:
         """Hand out again. Safe to repeat."""
@@ -362,10 +375,15 @@ class SyncQueue:
     def policy(self) -> QueuePolicy:
         """The queue's policy."""
 
-    def set_policy(self, **fields: Any) -> QueuePolicy:
+    def set_policy(self, **fields: Unpack[PolicyFields]) -> QueuePolicy:
         """Change fields of the queue's policy (see `QueuePolicy`); it holds for messages enqueued from now on.
 
         Raises InvalidInput for unknown fields and values out of range."""
+
+    def reset_policy(self) -> QueuePolicy:
+        """Put the default policy in place of the queue's, which also resumes it; the way out when the stored one is
+        damaged, or under a key that is lost (StoreCorrupt, Tampered, UnknownKey at every enqueue and receive). Safe to
+        repeat. Look for the key first, and for a newer Millpond if it is StoreMismatch: what the policy was is gone."""
 
 class PondCalls:
     """`Pond`, for synchronous code."""
@@ -376,15 +394,19 @@ class PondCalls:
     def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
 
+    def notify(self, queue: str, *, namespace: str | None = ...) -> None:
+        """As `Queue.notify`, for a queue by its name. Raises InvalidQueue."""
+
     def queues(self) -> builtins.list[QueueName]:
         """Every queue in the store, by namespace and name."""
 
     def collect(self) -> Collected:
-        """One pass of the collector, which otherwise runs every ``collect_interval`` seconds: settles expired messages,
-        removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
+        """One pass of the collector, which otherwise runs every `Config.collect_interval` seconds: settles expired
+        messages, removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
 
     def verify(self) -> builtins.list[Problem]:
-        """Check the store's integrity and that every record can be read; [] when all is well."""
+        """Check the store's integrity, that every record can be read and that every payload is what was enqueued; []
+        when all is well. Reads everything."""
 
     def unreadable(self, queue: str, *, namespace: str | None = ...) -> builtins.list[tuple[str, MillpondError]]:
         """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written
@@ -402,5 +424,13 @@ class PondCalls:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
         to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
 
+    def requests(self) -> PondRequests:
+        """The requests that this pond has made, where its store charges for them, in total, per queue, and per message
+        acked; empty for other stores. Since it was opened, or since `reset_requests`. Asks the store nothing."""
+
+    def reset_requests(self) -> None:
+        """Count `requests` from now on."""
+
     def statistics(self) -> dict[str, Any]:
-        """Counters of the store, the ready caches and the dispatcher, for operators."""
+        """Counters of the store, the ready caches and the dispatcher, and of requests where the store charges for them;
+        for operators."""

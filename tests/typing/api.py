@@ -46,6 +46,7 @@ async def asynchronous() -> None:
         assert_type(receipt.message_id, str)
         assert_type(receipt.duplicate, bool)
         assert_type(await queue.enqueue_many([b"1", millpond.text("2")], ttl=5.0), list[Receipt])
+        assert_type(await queue.enqueue_many(iter([b"1"]), priority=1, attributes={"a": 1}), list[Receipt])
         messages = await queue.receive(10, wait=20.0, visibility=30, owner="me")
         assert_type(messages, list[Message])
         for message in messages:
@@ -92,6 +93,7 @@ async def asynchronous() -> None:
         assert_type(queue.handle(view.id, "lease", 1), Message)
         assert_type(await queue.purge(), int)
         assert_type(await queue.set_policy(max_attempts=3), QueuePolicy)
+        assert_type(await queue.set_policy(ttl=None, on_expired="dead_letter", paused=True), QueuePolicy)
         assert_type(queue.dead_letters, DeadLetters)
         assert_type(await queue.dead_letters.list(limit=5), list[MessageView])
         assert_type(await queue.dead_letters.redrive(["id"]), int)
@@ -109,6 +111,7 @@ def synchronous() -> None:
         assert_type(receipt.message_id, str)
         assert_type(receipt.duplicate, bool)
         assert_type(queue.enqueue_many([b"1", millpond.text("2")], ttl=5.0), list[Receipt])
+        assert_type(queue.enqueue_many(iter([b"1"]), priority=1, attributes={"a": 1}), list[Receipt])
         messages = queue.receive(10, wait=20.0, visibility=30, owner="me")
         assert_type(messages, list[SyncMessage])
         for message in messages:
@@ -130,6 +133,7 @@ def synchronous() -> None:
         assert_type(queue.handle(view.id, "lease", 1), SyncMessage)
         assert_type(queue.purge(), int)
         assert_type(queue.set_policy(max_attempts=3), QueuePolicy)
+        assert_type(queue.set_policy(ttl=None, on_expired="dead_letter", paused=True), QueuePolicy)
         assert_type(queue.next_due(), float | None)
         assert_type(queue.dead_letters, SyncDeadLetters)
         assert_type(queue.dead_letters.list(limit=5), list[SyncMessageView])

@@ -11,6 +11,10 @@ async def asynchronous(pond: millpond.Pond) -> None:
     await queue.enqueue(b"x", prio=3)  # type: ignore[call-arg]
     await queue.enqueue(b"x", delay="1")  # type: ignore[arg-type]
     await queue.enqueue(b"x", 5)  # type: ignore[call-arg]
+    await queue.enqueue_many([b"x"], prio=3)  # type: ignore[call-arg]
+    await queue.enqueue_many([b"x"], delay="1")  # type: ignore[arg-type]
+    await queue.set_policy(max_attempt=3)  # type: ignore[call-arg]
+    await queue.set_policy(on_expired="keep")  # type: ignore[arg-type]
     receipt = queue.enqueue(b"x")
     receipt.message_id  # type: ignore[attr-defined]  # noqa: B018
     [message] = await queue.receive("1")  # type: ignore[arg-type]
@@ -32,6 +36,10 @@ def synchronous(pond: millpond.SyncPond) -> None:
     queue.enqueue(b"x", prio=3)  # type: ignore[call-arg]
     queue.enqueue(b"x", delay="1")  # type: ignore[arg-type]
     queue.enqueue(b"x", 5)  # type: ignore[call-arg]
+    queue.enqueue_many([b"x"], prio=3)  # type: ignore[call-arg]
+    queue.enqueue_many([b"x"], delay="1")  # type: ignore[arg-type]
+    queue.set_policy(max_attempt=3)  # type: ignore[call-arg]
+    queue.set_policy(on_expired="keep")  # type: ignore[arg-type]
     queue.enqueue(b"x").id  # type: ignore[attr-defined]  # noqa: B018
     [message] = queue.receive("1")  # type: ignore[arg-type]
     message.payload = b"y"  # type: ignore[misc]

@@ -406,18 +406,32 @@ ANSWERS: dict[str, Callable[[Status | None, str, int], object]] = {
 @pytest.mark.parametrize(
     ("seen", "lease", "token", "why"),
     [
-        (None, "lease-7", 7, "gone"),
-        (example(State.READY), "lease-7", 7, "given back"),
-        (example(State.DELAYED), "lease-7", 7, "given back"),
-        (example(State.DEAD), "lease-7", 7, "given back"),
-        (example(State.LEASED), "lease-6", 6, "delivered again"),
-        (example(State.LEASED), "lease-7", 6, "not the current one"),
-        (example(State.LEASED), "lease-7", 8, "not the current one"),
-        (example(State.LEASED), "guessed", 7, "not the current one"),
-        (example(State.LAPSED), "lease-6", 6, "delivered again"),
-        (example(State.LEASED), "", 7, "not the current one"),
+        (None, "lease-7", 7, "^the message is gone: it was acked, removed, or never in this queue; nothing"),
+        (example(State.READY), "lease-7", 7, r"^lease lease-7 \(token 7\) is over: the message was given back"),
+        (
+            example(State.DELAYED),
+            "lease-7",
+            7,
+            "given back, or redriven, and nobody holds it now; nothing was",
+        ),
+        (example(State.READY), "lease-6", 6, r"is over: the message has been delivered again since \(token 7\)"),
+        (example(State.READY), "lease-8", 8, r"token 8\) was never given for this message: its last token is 7;"),
+        (status(), "lease-1", 1, r"token 1\) was never given for this message: it was not delivered yet;"),
+        (
+            example(State.DEAD),
+            "lease-7",
+            7,
+            r"^the message is a dead letter \(why\), which nobody holds",
+        ),
+        (example(State.DEAD), "lease-6", 6, "is a dead letter"),
+        (example(State.LEASED), "lease-6", 6, r"is over: the message has been delivered again since \(token 7\)"),
+        (example(State.LEASED), "lease-7", 6, "delivered again since"),
+        (example(State.LEASED), "lease-7", 8, r"was never given for this message: its last token is 7;"),
+        (example(State.LEASED), "guessed", 7, "lease guessed .* was never given: token 7 belongs to another lease id;"),
+        (example(State.LAPSED), "lease-6", 6, "delivered again since"),
+        (example(State.LAPSED), "guessed", 7, "belongs to another lease id"),
+        (example(State.LEASED), "", 7, "belongs to another lease id"),
     ],
-    ids=["gone", "ready", "delayed", "dead", "old", "old-token", "new-token", "guess", "lapsed-old", "empty"],
 )
 def test_stale_answers_get_lease_lost(
     answer: Callable[[Status | None, str, int], object], seen: Status | None, lease: str, token: int, why: str

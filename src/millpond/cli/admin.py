@@ -18,15 +18,32 @@ INHERIT = "default"
 """The word that takes a setting back to the pond's default."""
 
 
+async def _governed(settings: Settings, pond: Pond, name: str) -> Queue:
+    """The queue, and a note when the store has nothing of it: that may be a misspelt name. No error, because a queue
+    whose messages are all done has nothing either, and what a script does must not hang on that."""
+    from millpond.cli.records import all_queues
+
+    queue = settings.queue(pond, name)
+    if (queue.namespace, queue.name) not in await all_queues(pond, queue.namespace):
+        where = "" if queue.namespace == "default" else f" in namespace {queue.namespace}"
+        settings.output().note(f"queue {queue.name}{where} has no messages and no policy; is the name right?")
+    return queue
+
+
 @click.command(cls=Command)
 @queue_argument()
 @pass_settings
 def pause(settings: Settings, queue: str) -> None:
     """Hand out nothing from QUEUE until resume.
 
-    Producers go on, and so do those who hold messages.
+    Producers go on, and so do those who hold messages. It may come before the first message; a note says when there is
+    none.
     """
-    settings.run(lambda pond: settings.queue(pond, queue).pause())
+
+    async def change(pond: Pond) -> None:
+        await (await _governed(settings, pond, queue)).pause()
+
+    settings.run(change)
 
 
 @click.command(cls=Command)
@@ -34,7 +51,11 @@ def pause(settings: Settings, queue: str) -> None:
 @pass_settings
 def resume(settings: Settings, queue: str) -> None:
     """Hand out messages of QUEUE again."""
-    settings.run(lambda pond: settings.queue(pond, queue).resume(), existing=True)
+
+    async def change(pond: Pond) -> None:
+        await (await _governed(settings, pond, queue)).resume()
+
+    settings.run(change, existing=True)
 
 
 @click.command(cls=Command)
@@ -133,9 +154,11 @@ def policy_show(settings: Settings, queue: str) -> None:
 def policy_set(settings: Settings, /, queue: str, **fields: Any) -> None:
     """Change the policy of QUEUE; what is not named stays.
 
-    `default` takes a setting back to the pond's default. Messages that are queued already keep what they got.
+    `default` takes a setting back to the pond's default. Messages that are queued already keep what they got. It may
+    come before the first message.
     """
-    chosen = {name: None if value == INHERIT else value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
+    chosen: dict[str, Any] = {name: None if value == INHERIT else value for name, value in given.items()}
     if not chosen:
         raise click.UsageError("nothing to set")
 
@@ -145,6 +168,27 @@ def policy_set(settings: Settings, /, queue: str, **fields: Any) -> None:
         await _print_policy(settings, target)
 
     settings.run(change)
+
+
+@policy.command("reset")
+@queue_argument()
+@option("--yes", "-y", is_flag=True, environment=False, help="Do not ask.")
+@pass_settings
+def policy_reset(settings: Settings, queue: str, yes: bool) -> None:
+    """Put the default policy in place of the one of QUEUE, which also resumes it.
+
+    The way out when the stored policy cannot be read: it is damaged, or was written under a key that is lost, and every
+    enqueue and receive fails. Look for the key first; what the policy was is gone. Asks first; where nobody can be
+    asked, --yes is needed.
+    """
+    confirm(f"Put the default policy in place of the one of {queue}?", yes)
+
+    async def change(pond: Pond) -> None:
+        target = await _governed(settings, pond, queue)
+        await target.reset_policy()
+        await _print_policy(settings, target)
+
+    settings.run(change, existing=True)
 
 
 def _count(value: str | None) -> int | str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -93,15 +93,23 @@ def queues(settings: Settings) -> None:
 
     async def look(pond: Pond) -> None:
         from millpond.cli.records import all_queues
+        from millpond.errors import MillpondError
 
         output = settings.output()
-        found = await all_queues(pond, settings.namespace)
-        rows = [(at, name, (await pond.queue(name, namespace=at).policy()).paused) for at, name in found]
+        rows: list[tuple[str, str, bool | None]] = []
+        for at, name in await all_queues(pond, settings.namespace):
+            try:
+                rows.append((at, name, (await pond.queue(name, namespace=at).policy()).paused))
+            except MillpondError as error:
+                # One queue with a policy that cannot be read must not hide the others.
+                output.note(f"{error} [{error.code}]; `millpond policy reset` puts the default in its place")
+                rows.append((at, name, None))
+        states = {True: "paused", False: "", None: "policy unreadable"}
         if output.json:
             for at, name, paused in rows:
                 output.record({"namespace": at, "queue": name, "paused": paused})
         elif rows:
-            output.rows(("namespace", "queue", "state"), [(at, name, "paused" if p else "") for at, name, p in rows])
+            output.rows(("namespace", "queue", "state"), [(at, name, states[paused]) for at, name, paused in rows])
         else:
             output.note("no queues")
 
@@ -110,12 +118,16 @@ def queues(settings: Settings) -> None:
 
 @click.command(cls=Command)
 @queue_argument(required=False)
+@option("--cost", is_flag=True, help="Add what messages cost where the store charges for requests.")
 @pass_settings
-def stats(settings: Settings, queue: str | None) -> None:
+def stats(settings: Settings, queue: str | None, cost: bool) -> None:
     """Count the messages of QUEUE, or of every queue.
 
     blocked waits for an earlier message of its ordering key; bytes are payload bytes waiting or held; oldest is for how
     long the first of the ready ones has waited. -v adds the store's own counters.
+
+    --cost says what a message costs by design, and what this command itself asked for. What your workers really take
+    is measured in them: `millpond work --cost`, or Pond.requests. Prices are list prices; the output says of when.
     """
 
     async def look(pond: Pond) -> None:
@@ -134,6 +146,8 @@ def stats(settings: Settings, queue: str | None) -> None:
                 output.record(record)
             if settings.verbose:
                 output.record({"store": pond.statistics()})
+            if cost:
+                output.record({"cost": _cost(pond)})
             return
         columns = ("namespace", "queue", "ready", "delayed", "leased", "blocked", "dead", "bytes")
         if found:
@@ -152,8 +166,34 @@ def stats(settings: Settings, queue: str | None) -> None:
         if settings.verbose:
             output.line()
             output.block(pond.statistics())
+        if cost:
+            _show_cost(output, pond)
 
     settings.run(look, existing=True)
+
+
+def _cost(pond: Pond) -> dict[str, Any] | None:
+    from millpond.cli import cost
+
+    measured = cost.measured(pond, pond.requests())
+    if measured is None:
+        return None
+    return {"prices": cost.prices(pond), "computed": cost.computed(pond), "measured": measured}
+
+
+def _show_cost(output: Output, pond: Pond) -> None:
+    from millpond.cli import cost
+
+    report = _cost(pond)
+    if report is None:
+        output.note(cost.NOTHING_TO_PAY)
+        return
+    output.line()
+    if report["computed"] is not None:
+        for line in cost.computed_lines(report["computed"], report["prices"]):
+            output.line(line)
+    for line in cost.measured_lines(report["measured"], report["prices"]):
+        output.line(f"this command, {line}")
 
 
 @click.command(cls=Command)
@@ -161,7 +201,7 @@ def stats(settings: Settings, queue: str | None) -> None:
 def verify(settings: Settings) -> None:
     """Check the whole store and print what is wrong.
 
-    Reads every record. Exit code 0 when all is well, 1 when something is not.
+    Reads every record and payload. Exit code 0 when all is well, 1 when something is not.
 
     Of a bucket it first finds out by trying what its storage can do, and how fast, with some hundred requests.
     """

@@ -58,28 +58,32 @@ def _deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_deeper(each, levels - 1) for each in value)
 
 
-def decode_head(data: bytes, name: str) -> Head:
-    """The Head in ``data``; ``name`` is how an error names the record. Raises StoreCorrupt, StoreMismatch, and
-    UnknownKey when it is encrypted."""
+def decode_head(data: bytes, id: str, namespace: str = "", queue: str = "") -> Head:
+    """The Head in ``data``; id, namespace and queue are how an error names the record. Raises StoreCorrupt,
+    StoreMismatch, and UnknownKey when it is encrypted."""
     try:
         head = _head.decode(data)
     except _UNREADABLE as error:
-        raise _undecodable(f"head of message {name}", data, HEAD_FORMAT, error) from error
+        raise _undecodable(_named("head", id, namespace, queue), data, HEAD_FORMAT, error) from error
     if head.format > HEAD_FORMAT:
-        raise _newer(f"head of message {name}", head.format, HEAD_FORMAT)
+        raise _newer(_named("head", id, namespace, queue), head.format, HEAD_FORMAT)
     return head
 
 
-def decode_status(data: bytes, name: str) -> Status:
-    """The Status in ``data``; ``name`` is how an error names the record. Raises StoreCorrupt, StoreMismatch, and
-    UnknownKey when it is encrypted."""
+def decode_status(data: bytes, id: str, namespace: str = "", queue: str = "") -> Status:
+    """The Status in ``data``; id, namespace and queue are how an error names the record. Raises StoreCorrupt,
+    StoreMismatch, and UnknownKey when it is encrypted."""
     try:
         status = _status.decode(data)
     except _UNREADABLE as error:
-        raise _undecodable(f"status of message {name}", data, STATUS_FORMAT, error) from error
+        raise _undecodable(_named("status", id, namespace, queue), data, STATUS_FORMAT, error) from error
     if status.format > STATUS_FORMAT:
-        raise _newer(f"status of message {name}", status.format, STATUS_FORMAT)
+        raise _newer(_named("status", id, namespace, queue), status.format, STATUS_FORMAT)
     return status
+
+
+def _named(part: str, id: str, namespace: str, queue: str) -> str:
+    return f"{part} of message {id}" + (f" in {namespace}/{queue}" if queue else "")
 
 
 def _newer(what: str, format: int, known: int) -> StoreMismatch:

@@ -61,6 +61,8 @@ class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     payload_size: int
     external: bool
     """The payload is a blob of its own, not part of the record."""
+    checksum: int | None = None
+    """CRC-32 of the payload, against decay of what it is stored on; None in records from before there was one."""
 
 
 class Status(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -61,18 +61,22 @@ class Claiming(Consuming):
         owner: str | None = None,
         txn_id: str | None = None,
         candidates: Sequence[Record] = (),
+        check_only: bool = False,
     ) -> list[Delivery]:
         """Lease up to ``limit`` ready messages, in order of priority and due time; [] when none is ready.
 
-        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``visibility`` in seconds overrides
-        the messages' own for these deliveries. Messages whose time or budget is over are settled on the way. Raises
-        InvalidQueue, InvalidInput, StoreError; a claim that is cancelled gives back what it had leased.
+        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``check_only``: nothing is leased, but
+        the arguments are checked. ``visibility`` in seconds overrides the messages' own for these deliveries. Messages
+        whose time or budget is over are settled on the way. Raises InvalidQueue, InvalidInput, StoreError; a claim that
+        is cancelled gives back what it had leased.
         """
         key = self.key(namespace, queue)
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
         owner, txn_id = short_text(owner, "owner"), short_text(txn_id, "txn_id")
         if limit.__class__ is not int or limit < 1:
             raise InvalidInput(f"count must be a whole number, at least one, not {limit!r}")
+        if check_only:
+            return []
         cache = self.cache(key)
         defaults = self.defaults_at_hand(key)
         try:
@@ -127,7 +131,7 @@ class Claiming(Consuming):
                 record = self.record(stored)
             except MillpondError as error:
                 # One record that cannot be read must not keep the others from being delivered.
-                self.report_unreadable(cache, stored.item, error)
+                self.report_unreadable(cache, stored, error)
                 return None
             judged = self._judge(record, now, grant)
             if judged is None:
@@ -213,10 +217,13 @@ class Claiming(Consuming):
             taken: list[Record] = []
             try:
                 now = self.clock.now_ms()
+                shared = False
                 if not waiting and cache.wants_refill(now, self.clock.monotonic()):
-                    await self.refill(key)
+                    shared = not await self.refill(key, limit - len(deliveries))
                 taken = self.pop_candidates(cache, waiting, limit - len(deliveries), now)
                 if not taken:
+                    if shared and cache.more:
+                        continue  # Others were faster at what was read for them.
                     break
                 lost = await self._lease(cache, taken, grant, deliveries)
             except StoreError:
@@ -297,8 +304,9 @@ class Claiming(Consuming):
             bury_exhausted=bury_exhausted,
             bury_expired=bury_expired,
         )
-        if isinstance(verdict, lifecycle.Deliver):
-            return self.update(record, verdict.status, want_payload=record.payload is None), verdict
+        if verdict.__class__ is lifecycle.Deliver:
+            assert isinstance(verdict, lifecycle.Deliver)
+            return self.update(record, verdict.status, record.payload is None), verdict
         if isinstance(verdict, lifecycle.Wait):
             return None
         if isinstance(verdict, lifecycle.Bury):
@@ -312,14 +320,15 @@ class Claiming(Consuming):
         item, lease = record.item, status.lease
         assert lease is not None
         leased = Record(item, mark, record.head, status)
-        delivery = Delivery(item.namespace, item.queue, item.id, lease.id, lease.token, leased)
-        if not item.external:
-            delivery.payload = payload if record.payload is None else record.payload
-        deliveries.append(delivery)
+        if item.external:
+            payload = None
+        elif record.payload is not None:
+            payload = record.payload
+        deliveries.append(Delivery(item.namespace, item.queue, item.id, lease.id, lease.token, leased, payload, leased))
 
     def _arm(self, key: QueueKey, cache: ReadyCache, deliveries: Sequence[Delivery]) -> None:
         """The first of these leases to end is the next time to look."""
-        due = min(delivery.record.mark.due for delivery in deliveries if delivery.record is not None)
+        due = min([delivery.record.mark.due for delivery in deliveries if delivery.record is not None])
         cache.arm(due)
         self.on_due(*key, due)
 

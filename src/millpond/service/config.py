@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import msgspec
 
@@ -47,8 +47,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptors kept per queue; what bounds memory under any backlog."""
     ready_page_size: int = 512
     """Descriptors fetched by one refill: large enough to share the read, small enough not to hold up the loop."""
-    policy_max_age: float = 1.0
-    """How old this process's copy of a queue's policy may be; another process's pause takes effect within it."""
+    thrifty_page_size: int = 32
+    """The same where requests cost money, unless more are wanted at once: enough to share the listing, and few enough
+    that processes side by side do not all pay for reading the same messages."""
+    policy_max_age: float | None = None
+    """How old this process's copy of a queue's policy may be; another process's pause takes effect within it. None: a
+    second, or a minute where requests cost money."""
     orphan_age: float = 3600.0
     """Payloads without a record are collected when older than this; an upload must finish within it."""
     poll_interval: float = 3.0
@@ -57,23 +61,33 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     resilient_poll_interval: float = 300.0
     max_consumers: int = 4096
     page_size: int = 32
-    collect_interval: float = 30.0
-    """Seconds between the collector's passes (expired messages, orphans)."""
+    collect_interval: float | None = None
+    """Seconds between the collector's passes (expired messages, orphans). None: 30, or 3,600 where requests cost money;
+    there only a pond that has consumed since the last pass makes another."""
 
     def __post_init__(self) -> None:
         for name in (
-            *("default_visibility", "default_dedup_window", "policy_max_age", "orphan_age", "collect_interval"),
+            *("default_visibility", "default_dedup_window", "orphan_age"),
             *("poll_interval", "poll_max_interval", "resilient_poll_interval"),
         ):
             _duration(name, getattr(self, name))
         _duration("poll_jitter", self.poll_jitter, zero=True)
-        if self.default_ttl is not None:
-            _duration("default_ttl", self.default_ttl)
+        for name in ("default_ttl", "policy_max_age", "collect_interval"):
+            if getattr(self, name) is not None:
+                _duration(name, getattr(self, name))
         _whole("default_max_attempts", self.default_max_attempts, 0, MAX_ATTEMPTS)
         for name in ("max_payload_bytes", "max_attributes_bytes", "max_error_bytes", "max_state_bytes"):
             _whole(name, getattr(self, name), 0)
-        for name in ("ready_cache_size", "ready_page_size", "max_consumers", "page_size"):
+        for name in ("ready_cache_size", "ready_page_size", "thrifty_page_size", "max_consumers", "page_size"):
             _whole(name, getattr(self, name), 1)
+
+    def policy_age(self, costs: bool) -> float:
+        """`policy_max_age`, where requests cost money or do not."""
+        return (60.0 if costs else 1.0) if self.policy_max_age is None else self.policy_max_age
+
+    def collecting(self, costs: bool) -> float:
+        """`collect_interval`, where requests cost money or do not."""
+        return (3600.0 if costs else 30.0) if self.collect_interval is None else self.collect_interval
 
 
 class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +118,18 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidInput("on_exhausted must be 'dead_letter' or 'discard'")
         if self.paused.__class__ is not bool:
             raise InvalidInput(f"paused must be True or False, not {self.paused!r}")
+
+
+class PolicyFields(TypedDict, total=False):
+    """The fields of `QueuePolicy` as keyword parameters, each of which may be left out; for type checkers."""
+
+    default_visibility: float | None
+    max_attempts: int | None
+    ttl: float | None
+    on_expired: Literal["discard", "dead_letter"]
+    on_exhausted: Literal["dead_letter", "discard"]
+    dedup_window: float | None
+    paused: bool
 
 
 POLICY_FORMAT = 1
@@ -161,6 +187,24 @@ class EnqueueOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 DEFAULT_OPTIONS = EnqueueOptions()
+
+
+class EnqueueFields(TypedDict, total=False):
+    """The fields of `EnqueueOptions` as keyword parameters, each of which may be left out; for type checkers."""
+
+    delay: float
+    ttl: float | None
+    priority: int
+    max_attempts: int | None
+    visibility: float | None
+    attributes: dict[str, Any] | None
+    dedup_key: str | None
+    dedup_window: float | None
+    ordering_key: str | None
+    content_type: str | None
+    correlation_id: str | None
+    message_id: str | None
+
 
 MAX_KEY_BYTES = 512
 """For dedup and ordering keys, content types, correlation ids and owners: they stand in indexes, headers and leases."""

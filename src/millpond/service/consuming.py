@@ -10,6 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
+
+import msgspec
 
 from millpond import lifecycle
 from millpond.errors import (
@@ -24,39 +27,32 @@ from millpond.model import codec
 from millpond.model.message import Lease, Status
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
 from millpond.service.core import ATTEMPTS, QueueKey
-from millpond.service.producing import Enqueued, Producing
+from millpond.service.payloads import check
+from millpond.service.producing import Producing, Receipt
 from millpond.service.ready import Record
-from millpond.stores.base import Conflict, Op, Outcome, Remove, Removed, Updated
+from millpond.stores.base import Conflict, Item, Op, Outcome, Remove, Removed, Updated
 
 log = logging.getLogger("millpond.service")
 
 
-class Delivery:
+class Delivery(msgspec.Struct, eq=False, weakref=True):
     """One delivery of a message, and the right to answer for it."""
 
-    __slots__ = ("id", "lease_id", "namespace", "payload", "queue", "record", "token", "trouble")
-
-    def __init__(
-        self,
-        namespace: str,
-        queue: str,
-        id: str,
-        lease_id: str,
-        token: int,
-        record: Record | None = None,
-        payload: bytes | None = None,
-    ) -> None:
-        self.namespace = namespace
-        self.queue = queue
-        self.id = id
-        self.lease_id = lease_id
-        self.token = token
-        self.record = record
-        """As last seen or written by this holder; None when it has to be read first."""
-        self.payload = payload
-        """The inline payload; None when it is stored apart or was not loaded."""
-        self.trouble: MillpondError | None = None
-        """Why the payload cannot be read, if it cannot."""
+    namespace: str
+    queue: str
+    id: str
+    lease_id: str
+    token: int
+    record: Record | None = None
+    """As last seen or written by this holder; None when it has to be read first."""
+    payload: bytes | None = None
+    """The inline payload; None when it is stored apart or was not loaded."""
+    given: Record | None = None
+    """As it was delivered; None when this was made from ids alone."""
+    intact: bool = False
+    """The payload has met its checksum."""
+    trouble: MillpondError | None = None
+    """Why the payload cannot be read, if it cannot."""
 
 
 class HandOff(NamedTuple):
@@ -133,11 +129,11 @@ class Consuming(Producing):
 
         def done(outcome: Outcome) -> None:
             delivery.record = None
-            self.gone(record.item)
+            self.acked(record.item)
 
         return Plan(Remove(record.item, record.mark), done)
 
-    async def ack(self, delivery: Delivery, then: Sequence[HandOff] = ()) -> list[Enqueued]:
+    async def ack(self, delivery: Delivery, then: Sequence[HandOff] = ()) -> list[Receipt]:
         """The message is done: record, payload and state go in one step; with ``then``, those messages are enqueued in
         the same step. Raises LeaseLost (nothing changed), and what enqueue raises."""
         if then:
@@ -149,14 +145,14 @@ class Consuming(Producing):
             outcomes = await self.write((Remove(record.item, record.mark),))
             delivery.record = None
             if outcomes[0].__class__ is not Conflict:
-                self.gone(record.item)
+                self.acked(record.item)
                 return []
         await self._answer(delivery, lambda record: self._ack_plan(delivery, record))
         return []
 
     async def ack_many(self, deliveries: Sequence[Delivery]) -> list[MillpondError | None]:
         """Ack each on its own, in shared writes; what was refused is in the delivery's place."""
-        ops: list[Op] = []
+        ops: list[Remove] = []
         try:
             for delivery in deliveries:
                 record = delivery.record
@@ -169,12 +165,14 @@ class Consuming(Producing):
         # The common case without the detours: all records are as this holder last saw them.
         outcomes = await self.write(ops) if ops else []
         refused: list[int] = []
-        for index, (delivery, outcome) in enumerate(zip(deliveries, outcomes, strict=True)):
-            record, delivery.record = delivery.record, None
-            if outcome.__class__ is Conflict or record is None:
+        gone: list[Item] = []
+        for index, outcome in enumerate(outcomes):
+            deliveries[index].record = None
+            if outcome.__class__ is Conflict:
                 refused.append(index)
             else:
-                self.gone(record.item)
+                gone.append(ops[index].item)
+        self.acked_many(gone)
         results: list[MillpondError | None] = [None] * len(deliveries)
         if refused:
             again = await self._answer_many([deliveries[index] for index in refused], self._ack_plan)
@@ -182,7 +180,7 @@ class Consuming(Producing):
                 results[index] = error
         return results
 
-    async def _hand_off(self, delivery: Delivery, then: Sequence[HandOff]) -> list[Enqueued]:
+    async def _hand_off(self, delivery: Delivery, then: Sequence[HandOff]) -> list[Receipt]:
         capabilities = self.store.capabilities
         if not (capabilities.atomic_groups or capabilities.hand_offs):
             raise StoreError("this store cannot ack and enqueue in one step; enqueue first, with a dedup_key, then ack")
@@ -201,11 +199,9 @@ class Consuming(Producing):
             if isinstance(outcomes[0], Removed):
                 plan.done(outcomes[0])
                 results = dict(zip(indexes, outcomes[1:], strict=True)) | duplicates
-                done = [self._enqueued(draft, results[index]) for index, draft in enumerate(drafts)]
-                for one in done:
-                    if one.record is not None:
-                        self.changed(one.record, inserted=True)
-                return done
+                for index, draft in enumerate(drafts):
+                    self._tell((draft.head.namespace, draft.head.queue), (draft,), (results[index],))
+                return [self._receipt(draft, results[index]) for index, draft in enumerate(drafts)]
             for index, outcome in zip(indexes, outcomes[1:], strict=True):
                 # A message that is there already needs no second enqueue; the others and the ack are tried again.
                 if isinstance(outcome, Conflict) and outcome.cause.value in ("unique", "exists"):
@@ -371,17 +367,22 @@ class Consuming(Producing):
     # Payloads
 
     def payload_chunks(self, record: Record) -> AsyncIterator[bytes]:
-        """The payload in chunks, wherever it is stored. Raises MessageNotFound, StoreCorrupt while reading."""
+        """The payload in chunks, wherever it is stored. Raises MessageNotFound, StoreCorrupt while reading: damage of a
+        payload stored apart shows after its last chunk."""
         return self._payload_chunks(record)
 
     async def _payload_chunks(self, record: Record) -> AsyncIterator[bytes]:
         if record.item.external:
+            checksum = 0
             async for chunk in self.store.read_blob(record.item):
+                checksum = crc32(chunk, checksum)
                 yield chunk
+            check(record.head, checksum)
             return
         data = record.payload
         if data is None:
             data = await self.store.payload(record.item)
         if data is None:
             raise MessageNotFound(f"message {record.item.id} is gone")
+        check(record.head, crc32(data))
         yield data

@@ -8,18 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
 from millpond.errors import MillpondError, StateConflict
-from millpond.model import codec, names
+from millpond.model import names
 from millpond.model.clock import Clock
+from millpond.model.codec import decode_head, decode_status, encode
 from millpond.model.ids import IdSource
 from millpond.model.message import Status
 from millpond.service.config import Config, QueuePolicy, decode_policy, encode_policy, milliseconds
-from millpond.service.ready import ReadyCache, ReadyCacheStats, Record
+from millpond.service.ready import MAX_AGE, THRIFTY_AGE, ReadyCache, ReadyCacheStats, Record
 from millpond.stores.base import (
     Box,
     Conflict,
@@ -28,6 +29,8 @@ from millpond.stores.base import (
     Op,
     Outcome,
     PutDocument,
+    QueueName,
+    Sealing,
     Store,
     Stored,
     Update,
@@ -37,6 +40,8 @@ log = logging.getLogger("millpond.service")
 
 MAX_QUEUES = 10_000
 """Ready caches and policies kept at once; the least recently used go first, and cost one read to come back."""
+FRESH = 1.0
+"""Seconds after news of a queue in which its policy is read again, where reading it costs money."""
 ATTEMPTS = 64
 """How often a write that keeps losing to other writers is decided anew before the caller is told."""
 
@@ -59,6 +64,8 @@ class _Policy(msgspec.Struct):
     defaults: Defaults
     etag: str | None
     read_at: float
+    recheck: int | None = None
+    """When it is to be read again because of news (ms UTC)."""
 
 
 class Core:
@@ -78,10 +85,20 @@ class Core:
         """Told when something may have become ready in a queue (the dispatcher's notify)."""
         self.on_due: Callable[[str, str, int], object] = lambda namespace, queue, due: None
         """Told when something will become ready at a time (ms UTC)."""
+        self.costs = store.capabilities.requests_cost_money
+        """The store charges for what it is asked: then less is asked."""
+        self.looked = False
+        """The store was asked for what is ready. Set back by the pond."""
+        self._policy_age = config.policy_age(self.costs)
+        self.acks: Counter[QueueName] = Counter()
+        """Messages acked, per queue; counted where requests are to be set against them."""
         self._caches: OrderedDict[QueueKey, ReadyCache] = OrderedDict()
         self._policies: OrderedDict[QueueKey, _Policy] = OrderedDict()
         self._refills: dict[QueueKey, asyncio.Future[bool]] = {}
         """Reads under way; True when done, False when given up."""
+        self._status_data = b""
+        self._status: Status | None = None
+        """The status decoded last, and its bytes."""
         self.tasks: set[asyncio.Task[None]] = set()
 
     # Records
@@ -89,9 +106,15 @@ class Core:
     def record(self, stored: Stored) -> Record:
         """Decode a stored record. Raises StoreCorrupt, StoreMismatch."""
         item = stored.item
-        name = f"{item.id} in {item.namespace}/{item.queue}"
-        head = codec.decode_head(stored.head, name)
-        return Record(item, stored.mark, head, codec.decode_status(stored.status, name), stored.payload)
+        head = decode_head(stored.head, item.id, item.namespace, item.queue)
+        data = stored.status
+        # Messages that were enqueued together differ in nothing here.
+        status = self._status if data == self._status_data else None
+        if status is None:
+            status = decode_status(data, item.id, item.namespace, item.queue)
+            if status.last_error is None:  # a value that a consumer could change is nobody else's
+                self._status_data, self._status = data, status
+        return Record(item, stored.mark, head, status, stored.payload)
 
     async def load(self, namespace: str, queue: str, id: str) -> Record | None:
         """The record as it is in the store now."""
@@ -99,7 +122,7 @@ class Core:
         return None if stored is None else self.record(stored)
 
     @staticmethod
-    def update(record: Record, status: Status, *, want_payload: bool = False) -> Update:
+    def update(record: Record, status: Status, want_payload: bool = False) -> Update:
         """The write that takes the record to ``status``."""
         return Update(
             record.item,
@@ -108,7 +131,7 @@ class Core:
             status.lease is not None,
             status.expires_at,
             _LIVE if status.dead is None else _DEAD,
-            codec.encode(status),
+            encode(status),
             want_payload,
         )
 
@@ -145,6 +168,7 @@ class Core:
             # Whoever looks meets the store's trouble himself.
             with contextlib.suppress(MillpondError):
                 await self.decided(*key)
+            self._policies.pop(key, None)
             self.foreign_change(*key)
             self.on_ready(*key)
 
@@ -156,7 +180,8 @@ class Core:
         if cache is None:
             while len(self._caches) >= MAX_QUEUES:
                 self._caches.popitem(last=False)
-            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size, asleep=self.takes)
+            age = THRIFTY_AGE if self.costs else MAX_AGE
+            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size, asleep=self.takes, max_age=age)
         else:
             self._caches.move_to_end(key)
         return cache
@@ -168,44 +193,58 @@ class Core:
     def changed(self, record: Record, *, inserted: bool = False) -> None:
         """This process has just written ``record`` as not held: it can be handed out now or later."""
         item = record.item
-        now = self.clock.now_ms()
-        cache = self._caches.get((item.namespace, item.queue))
-        if cache is not None:
-            if not cache.asleep:
-                cache.offer(record, now, inserted=inserted)
-            cache.dry = False
-        if record.mark.due > now:
-            self.on_due(item.namespace, item.queue, record.mark.due)
-        else:
-            self.on_ready(item.namespace, item.queue)
+        self.changed_many((item.namespace, item.queue), (record,), inserted=inserted)
 
     def changed_many(self, key: QueueKey, records: Sequence[Record], *, inserted: bool = False) -> None:
         """As `changed`, for records of one queue that were written together."""
         if not records:
             return
-        now = self.clock.now_ms()
+        cache = self._caches.get(key)
+        if cache is not None and not cache.asleep:
+            now = self.clock.now_ms()
+            for record in records:
+                cache.offer(record, now, inserted=inserted)
+        self.appeared(key, min([record.mark.due for record in records]))
+
+    def appeared(self, key: QueueKey, due: int) -> None:
+        """There is something to hand out in the queue now or, at the earliest, at ``due``."""
         cache = self._caches.get(key)
         if cache is not None:
-            if not cache.asleep:
-                for record in records:
-                    cache.offer(record, now, inserted=inserted)
             cache.dry = False
-        first = min(record.mark.due for record in records)
-        if first > now:
-            self.on_due(*key, first)
+        if due > self.clock.now_ms():
+            self.on_due(*key, due)
         else:
             self.on_ready(*key)
 
     def gone(self, item: Item) -> None:
         """The message left the queue; the next of its group may go now."""
-        cache = self._caches.get((item.namespace, item.queue))
-        if cache is not None:
-            cache.forget(item.id)
+        self.gone_many((item,))
+
+    def gone_many(self, items: Iterable[Item]) -> None:
+        """As `gone`, for each."""
+        cache: ReadyCache | None = None
+        namespace = queue = None
+        for item in items:
+            if item.queue is not queue or item.namespace is not namespace:
+                namespace, queue = item.namespace, item.queue
+                cache = self._caches.get((namespace, queue))
+            if cache is not None and cache.occupied:
+                cache.forget(item.id)
             if item.group is not None:
-                cache.dirty = True
-                cache.dry = False
-        if item.group is not None:
-            self.on_ready(item.namespace, item.queue)
+                if cache is not None:
+                    cache.dirty = True
+                    cache.dry = False
+                self.on_ready(item.namespace, item.queue)
+
+    def acked(self, item: Item) -> None:
+        """As `gone`, for a message that was acked."""
+        self.acked_many((item,))
+
+    def acked_many(self, items: Sequence[Item]) -> None:
+        """As `acked`, for each."""
+        if self.costs:
+            self.acks.update(QueueName(item.namespace, item.queue) for item in items)
+        self.gone_many(items)
 
     def foreign_change(self, namespace: str, queue: str) -> None:
         """Somebody else changed the queue."""
@@ -213,22 +252,30 @@ class Core:
         if cache is not None:
             cache.dirty = True
             cache.dry = False
-        self._policies.pop((namespace, queue), None)
+        known = self._policies.get((namespace, queue)) if self.costs else None
+        if known is None:
+            self._policies.pop((namespace, queue), None)
+            return
+        # Of a busy queue every write is told; its policy is not to be paid for with each.
+        known.read_at = min(known.read_at, self.clock.monotonic() + FRESH - self._policy_age)
+        if known.recheck is None:
+            known.recheck = self.clock.now_ms() + round(FRESH * 1000)
 
-    async def refill(self, key: QueueKey) -> None:
-        """Ask the store what is ready. Callers at the same time share one read, and its error."""
+    async def refill(self, key: QueueKey, wanted: int = 1) -> bool:
+        """Ask the store what is ready. Callers at the same time share one read, and its error; whether it was the
+        caller's own, made for the number that it wanted."""
         while (under_way := self._refills.get(key)) is not None:
             started = self.clock.monotonic()
             self.stats.refresh_waits += 1
             try:
                 if await asyncio.shield(under_way):
-                    return
+                    return False
             finally:
                 self.stats.refresh_wait_nanos += int((self.clock.monotonic() - started) * 1e9)
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._refills[key] = future
         try:
-            while not await self._refill(key):
+            while not await self._refill(key, wanted):
                 pass
         except BaseException as error:
             if isinstance(error, Exception):
@@ -239,10 +286,11 @@ class Core:
             raise
         else:
             future.set_result(True)
+            return True
         finally:
             del self._refills[key]
 
-    async def _refill(self, key: QueueKey) -> bool:
+    async def _refill(self, key: QueueKey, wanted: int) -> bool:
         """One read. False when it met nothing but records that cannot be read, and there are more behind them."""
         cache = self.cache(key)
         now = self.clock.now_ms()
@@ -251,8 +299,11 @@ class Core:
         stats.inflight_clears += cache.release_overdue(now)
         if len(cache):
             stats.cursor_resets += 1
-        known_bad = len(cache.bad)
-        limit = min(self.config.ready_page_size, cache.capacity) + cache.inflight + known_bad
+        page_size = self.config.ready_page_size
+        if self.costs:
+            page_size = min(page_size, max(wanted, self.config.thrifty_page_size))
+        limit = min(page_size, cache.capacity) + cache.inflight + len(cache.bad)
+        self.looked = True
         # Cleared before the read: a change that arrives while it runs asks for another one.
         cache.dirty = False
         try:
@@ -263,6 +314,8 @@ class Core:
         listed = self.clock.monotonic()
         changed_meanwhile = cache.dirty
         records: list[Record] = []
+        bad: set[str] = set()
+        news = False
         for stored in page.records:
             id = stored.item.id
             if cache.is_inflight(id):
@@ -272,7 +325,12 @@ class Core:
                 records.append(self.record(stored))
             except MillpondError as error:
                 # One record that cannot be read must not keep the others from being delivered.
-                self.report_unreadable(cache, stored.item, error)
+                bad.add(id)
+                news |= self.report_unreadable(cache, stored, error)
+        if cache.bad:
+            last = page.records[-1] if page.more and page.records else None
+            rank = None if last is None else (-last.item.priority, last.mark.due, last.item.key)
+            cache.forget_bad(bad, rank)
         finished = self.clock.monotonic()
         stats.list_scans += 1
         stats.list_objects += len(page.records)
@@ -282,13 +340,14 @@ class Core:
         seen = max((stored.item.key for stored in page.records), default=0)
         cache.fill(records, more=page.more, next_due=page.next_due, monotonic=finished, seen=seen)
         cache.dirty = changed_meanwhile
-        return bool(records) or not page.more or len(cache.bad) == known_bad
+        return bool(records) or not page.more or not news
 
     @staticmethod
-    def report_unreadable(cache: ReadyCache, item: Item, error: MillpondError) -> None:
-        """Log, once, that a record cannot be decoded."""
-        if item.id not in cache.bad:
-            cache.bad.add(item.id)
+    def report_unreadable(cache: ReadyCache, stored: Stored, error: MillpondError) -> bool:
+        """Log, once, that a record cannot be decoded; whether it was the first time."""
+        item = stored.item
+        news = cache.meet_bad(item, stored.mark)
+        if news:
             log.error(
                 "millpond.record.unreadable",
                 extra={
@@ -298,13 +357,14 @@ class Core:
                     "reason": str(error),
                 },
             )
+        return news
 
     # Policies
 
     def defaults_at_hand(self, key: QueueKey) -> Defaults | None:
         """The queue's policy and defaults if this process has a fresh copy."""
         entry = self._policies.get(key)
-        if entry is None or self.clock.monotonic() - entry.read_at >= self.config.policy_max_age:
+        if entry is None or self.clock.monotonic() - entry.read_at >= self._policy_age:
             return None
         return entry.defaults
 
@@ -344,12 +404,29 @@ class Core:
         for _ in range(ATTEMPTS):
             entry = await self._read_policy(key)
             policy = change(entry.defaults.policy)
-            [outcome] = await self.write([PutDocument(*key, entry.etag, encode_policy(policy))])
-            if isinstance(outcome, DocumentWritten):
-                self._remember_policy(key, policy, outcome.etag)
-                self.on_ready(*key)
+            # What changes nothing makes nothing known: resuming a queue that never was leaves no trace of it.
+            if policy == entry.defaults.policy or await self._put_policy(key, policy, entry.etag):
                 return policy
-            assert isinstance(outcome, Conflict)
+        raise StateConflict(f"the policy of queue {'/'.join(key)} keeps being changed by others; try again")
+
+    async def _put_policy(self, key: QueueKey, policy: QueuePolicy, expect: str | None) -> bool:
+        [outcome] = await self.write([PutDocument(*key, expect, encode_policy(policy))])
+        if isinstance(outcome, DocumentWritten):
+            self._remember_policy(key, policy, outcome.etag)
+            self.on_ready(*key)
+            return True
+        assert isinstance(outcome, Conflict)
+        return False
+
+    async def replace_policy(self, key: QueueKey, policy: QueuePolicy) -> QueuePolicy:
+        """Write the queue's policy over whatever is there, read or not; nothing where there is none."""
+        read = self.store.sealed_document if isinstance(self.store, Sealing) else self.store.document
+        for _ in range(ATTEMPTS):
+            document = await read(*key)
+            if document is None:
+                return self._remember_policy(key, policy, None).defaults.policy
+            if await self._put_policy(key, policy, document.etag):
+                return policy
         raise StateConflict(f"the policy of queue {'/'.join(key)} keeps being changed by others; try again")
 
     # Background work

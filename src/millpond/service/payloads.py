@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeVar
+from zlib import crc32
 
 import msgspec
 
-from millpond.errors import InvalidInput, TooLarge
+from millpond.errors import InvalidInput, StoreCorrupt, TooLarge
+from millpond.model.message import Head
 
 T = TypeVar("T")
 
@@ -64,6 +66,31 @@ def decode(data: bytes, content_type: str | None, type: type[T]) -> T:
         return msgspec.json.decode(data, type=type)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(f"the payload is not a valid {getattr(type, '__name__', type)}: {error}") from error
+
+
+def check(head: Head, checksum: int) -> None:
+    """Raises StoreCorrupt when a payload with this checksum is not the one that was enqueued."""
+    if head.checksum is not None and checksum != head.checksum:
+        raise StoreCorrupt(
+            f"the payload of message {head.id} in {head.namespace}/{head.queue} is damaged: its checksum is "
+            f"{checksum:08x}, and was {head.checksum:08x} at the enqueue. Restore it from a backup, or bury the message"
+        )
+
+
+class Summed:
+    """Chunks passed on, and their checksum so far."""
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        self._chunks = chunks
+        self.checksum = 0
+
+    def __aiter__(self) -> Summed:
+        return self
+
+    async def __anext__(self) -> bytes:
+        chunk = await anext(self._chunks)
+        self.checksum = crc32(chunk, self.checksum)
+        return chunk
 
 
 class Inline(NamedTuple):

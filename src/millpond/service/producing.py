@@ -4,42 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 
 from millpond import lifecycle
 from millpond.errors import InvalidInput, StoreError, TooLarge
 from millpond.model import codec, names
+from millpond.model.codec import encode
 from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, PRIORITIES, Head, Status
 from millpond.service.config import DEFAULT_OPTIONS, MAX_ATTEMPTS, EnqueueOptions, milliseconds, short_text
 from millpond.service.core import Core, Defaults, QueueKey
-from millpond.service.payloads import Payload, Streamed, prepare
+from millpond.service.payloads import Payload, Streamed, Summed, prepare
 from millpond.service.ready import Record
-from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Unique
+from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Outcome, Unique
 
 
-class Enqueued(NamedTuple):
-    """What became of one enqueue."""
+class Receipt(NamedTuple):
+    """What an enqueue is answered with."""
 
     message_id: str
     """The message's id: the new one's, or that of the first message with this dedup key or id."""
     duplicate: bool
-    """Nothing was added: the message was there already."""
-    record: Record | None
-    """The record as written; None for a duplicate."""
+    """The message was there already (same dedup key or id); nothing was added."""
 
 
-class _Draft(NamedTuple):
+class _Draft(msgspec.Struct, frozen=True, gc=False):
     op: Insert
     head: Head
     status: Status
     payload: bytes | None
 
 
-class _Stamp(NamedTuple):
+class _Stamp(msgspec.Struct, frozen=True, gc=False):
     """A new message's status, and the time it was made."""
 
     now: int
+    delay: int
+    ttl: int | None
     status: Status
     encoded: bytes
 
@@ -47,9 +49,12 @@ class _Stamp(NamedTuple):
 class Producing(Core):
     """The producers' half of the service."""
 
+    _last_stamp = _Stamp(-1, 0, None, lifecycle.new_status(0, 0, None), b"")
+    """The stamp made last: many messages are enqueued within a millisecond."""
+
     async def enqueue(
         self, namespace: str | None, queue: str, source: Any, options: EnqueueOptions = DEFAULT_OPTIONS
-    ) -> Enqueued:
+    ) -> Receipt:
         """Put a message into the queue; when this returns it is in the store for good.
 
         ``source``: see `millpond.service.payloads`. Raises InvalidQueue, InvalidInput, TooLarge (nothing written),
@@ -58,33 +63,43 @@ class Producing(Core):
         key = self.key(namespace, queue)
         defaults = self.defaults_at_hand(key) or await self.defaults(key)
         if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
-            draft = self._plain(key, defaults, self._stamp(0, defaults.ttl), source)
+            draft = self._plain(key, defaults, self._stamp(0, defaults.ttl), source, self.ids.message_id())
         else:
             draft = await self._draft(key, defaults, source, options)
         outcomes = await self.write((draft.op,))
-        done = self._enqueued(draft, outcomes[0])
-        if done.record is not None:
-            self.changed(done.record, inserted=True)
-        return done
+        self._tell(key, (draft,), outcomes)
+        return self._receipt(draft, outcomes[0])
 
     async def enqueue_many(
         self, namespace: str | None, queue: str, sources: Sequence[Any], options: EnqueueOptions = DEFAULT_OPTIONS
-    ) -> list[Enqueued]:
+    ) -> list[Receipt]:
         """Put messages into the queue in one write, in order; all with the same options."""
         key = self.key(namespace, queue)
         defaults = self.defaults_at_hand(key) or await self.defaults(key)
         limit = self.inline_limit
         stamp = self._stamp(0, defaults.ttl)
-        drafts = [
-            self._plain(key, defaults, stamp, source)
-            if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= limit
-            else await self._draft(key, defaults, source, options)
-            for source in sources
-        ]
+        plain = options is DEFAULT_OPTIONS
+        ids: list[str] = []
+        drafts: list[_Draft] = []
+        for index, source in enumerate(sources):
+            if plain and source.__class__ is bytes and len(source) <= limit:
+                if not ids:
+                    ids = self.ids.message_ids(len(sources) - index)
+                    ids.reverse()
+                drafts.append(self._plain(key, defaults, stamp, source, ids.pop()))
+            else:
+                drafts.append(await self._draft(key, defaults, source, options))
+                # What comes after it has a later id, and is due after it.
+                ids, stamp = [], self._stamp(0, defaults.ttl)
         outcomes = await self.write([draft.op for draft in drafts])
-        done = [self._enqueued(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
-        self.changed_many(key, [one.record for one in done if one.record is not None], inserted=True)
-        return done
+        self._tell(key, drafts, outcomes)
+        # A Receipt as Receipt() makes it by way of a Python function; this is paid per message.
+        return [
+            tuple.__new__(Receipt, (draft.op.item.id, False))
+            if outcome.__class__ is Inserted
+            else self._receipt(draft, outcome)
+            for draft, outcome in zip(drafts, outcomes, strict=True)
+        ]
 
     async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
         if source.__class__ is Payload:
@@ -103,8 +118,9 @@ class Producing(Core):
             # The first enqueue with this id is in: no need to write its payload again. Should that message go before
             # this insert, then the insert, whose payload was never written, is refused by the store.
             return self._build(key, defaults, b"", 0, True, options, id)
-        blob = await self.store.write_blob(*key, id, prepared.chunks, self.clock.now_ms())
-        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name)
+        source = Summed(prepared.chunks)
+        blob = await self.store.write_blob(*key, id, source, self.clock.now_ms())
+        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name, source.checksum)
 
     def _build(
         self,
@@ -116,6 +132,7 @@ class Producing(Core):
         options: EnqueueOptions,
         id: str | None,
         blob: str = "",
+        checksum: int | None = None,
     ) -> _Draft:
         delay = 0
         ttl, visibility, max_attempts = defaults.ttl, defaults.visibility, defaults.max_attempts
@@ -163,6 +180,7 @@ class Producing(Core):
             content_type,
             size,
             external,
+            checksum if external else crc32(data),
         )
         unique = None
         if dedup_key is not None:
@@ -170,7 +188,7 @@ class Producing(Core):
             if options.dedup_window is not None:
                 window = milliseconds(options.dedup_window, "dedup_window", positive=True)
             unique = Unique(dedup_key, stamp.now, stamp.now + window)
-        return self._finish(stamp, head, data, unique, blob, options.message_id is not None)
+        return _finish(stamp, head, data, unique, blob, options.message_id is not None)
 
     def _id(self, options: EnqueueOptions) -> str:
         """The id of a message whose payload is stored before its record is made."""
@@ -183,14 +201,18 @@ class Producing(Core):
     def _stamp(self, delay: int, ttl: int | None) -> _Stamp:
         """What messages that are enqueued now, with this delay and time to live, begin with."""
         now = self.clock.now_ms()
-        status = lifecycle.new_status(now, delay, ttl)
-        return _Stamp(now, status, codec.encode(status))
+        stamp = self._last_stamp
+        if stamp.now != now or stamp.delay != delay or stamp.ttl != ttl:
+            status = lifecycle.new_status(now, delay, ttl)
+            stamp = self._last_stamp = _Stamp(now, delay, ttl, status, encode(status))
+        return stamp
 
-    def _plain(self, key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes) -> _Draft:
+    @staticmethod
+    def _plain(key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str) -> _Draft:
         """As `_build`, for a small payload without options: the common case without the detours."""
         head = Head(
             HEAD_FORMAT,
-            self.ids.message_id(),
+            id,
             key[0],
             key[1],
             stamp.now,
@@ -205,26 +227,9 @@ class Producing(Core):
             None,
             len(data),
             False,
+            crc32(data),
         )
-        return self._finish(stamp, head, data, None)
-
-    @staticmethod
-    def _finish(
-        stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob: str = "", chosen: bool = False
-    ) -> _Draft:
-        status, external = stamp.status, head.external
-        op = Insert(
-            Item(head.namespace, head.queue, head.id, head.priority, head.ordering_key, head.payload_size, external),
-            status.visible_at,
-            status.expires_at,
-            codec.encode(head),
-            stamp.encoded,
-            data,
-            unique,
-            blob,
-            chosen,
-        )
-        return _Draft(op, head, status, None if external else data)
+        return _finish(stamp, head, data, None)
 
     def _attributes(self, attributes: Any) -> dict[str, Any] | None:
         if attributes is None:
@@ -241,11 +246,49 @@ class Producing(Core):
         kept: dict[str, Any] = decoded
         return kept
 
-    def _enqueued(self, draft: _Draft, outcome: object) -> Enqueued:
+    def _tell(self, key: QueueKey, drafts: Sequence[_Draft], outcomes: Sequence[Outcome]) -> None:
+        """Tell those who wait for messages of the queue, and its ready cache, what was inserted."""
+        cache = self._caches.get(key)
+        if cache is None or cache.asleep:
+            first = None
+            for draft, outcome in zip(drafts, outcomes, strict=True):
+                if outcome.__class__ is Inserted and (first is None or draft.op.due < first):
+                    first = draft.op.due
+            if first is not None:
+                self.appeared(key, first)
+            return
+        self.changed_many(
+            key,
+            [
+                Record(outcome.item, outcome.mark, draft.head, draft.status, draft.payload)
+                for draft, outcome in zip(drafts, outcomes, strict=True)
+                if isinstance(outcome, Inserted)
+            ],
+            inserted=True,
+        )
+
+    @staticmethod
+    def _receipt(draft: _Draft, outcome: Outcome) -> Receipt:
         if outcome.__class__ is Inserted:
-            assert isinstance(outcome, Inserted)
-            record = Record(outcome.item, outcome.mark, draft.head, draft.status, draft.payload)
-            return Enqueued(outcome.item.id, False, record)
+            return Receipt(draft.op.item.id, False)
         if isinstance(outcome, Conflict) and outcome.cause in (Cause.UNIQUE, Cause.EXISTS):
-            return Enqueued(outcome.id or draft.op.item.id, True, None)
+            return Receipt(outcome.id or draft.op.item.id, True)
         raise StoreError(f"the store answered an insert with {outcome!r}")
+
+
+def _finish(
+    stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob: str = "", chosen: bool = False
+) -> _Draft:
+    status, external = stamp.status, head.external
+    op = Insert(
+        Item(head.namespace, head.queue, head.id, head.priority, head.ordering_key, head.payload_size, external),
+        status.visible_at,
+        status.expires_at,
+        encode(head),
+        stamp.encoded,
+        data,
+        unique,
+        blob,
+        chosen,
+    )
+    return _Draft(op, head, status, None if external else data)

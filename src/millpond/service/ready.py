@@ -17,12 +17,17 @@ from millpond.stores.base import Item, Mark
 
 MAX_AGE = 1.0
 """Seconds until a cache that still has records looks for better ones (another process's higher priorities)."""
+THRIFTY_AGE = 5.0
+"""The same where a look costs money: about as much as the write that a stale record costs its taker."""
 DUE_REFRESH = 0.05
 """Seconds between refills that only follow messages coming due while there still are others to hand out."""
 PAYLOAD_LIMIT = 16 * 1024
 """Payloads up to this size stay with the record of a local enqueue, and save the claim a read."""
 PAYLOAD_BUDGET = 8 * 1024 * 1024
 """All payloads in one cache together."""
+MAX_BAD = 4096
+"""Unreadable messages of one queue that are remembered: as many as an encrypted store passes over, and as records are
+cached. With more of them at the head, what lies behind waits for `discard_unreadable`."""
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -102,13 +107,15 @@ class ReadyCache:
         "dry",
         "last_used",
         "loaded_at",
+        "max_age",
         "more",
         "next_due",
         "spread",
     )
 
-    def __init__(self, capacity: int, *, asleep: bool = False) -> None:
+    def __init__(self, capacity: int, *, asleep: bool = False, max_age: float = MAX_AGE) -> None:
         self.capacity = capacity
+        self.max_age = max_age
         self.asleep = asleep
         """Nobody takes candidates: it keeps none and is told of none, until the next refill."""
         self.dry = True
@@ -131,11 +138,17 @@ class ReadyCache:
         """Somebody else changed the queue: refill before the next hand-out."""
         self.spread = 0
         """Among how many first records to choose by chance; grows with lost races, 0 while nobody competes."""
-        self.bad: set[str] = set()
-        """Ids that could not be decoded: reported once, passed over."""
+        self.bad: dict[str, tuple[int, int, int]] = {}
+        """Ids that could not be decoded, with their rank when last met: reported once, passed over, and forgotten when
+        they are not where they were."""
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def occupied(self) -> bool:
+        """It knows of a record."""
+        return bool(self._entries or self._inflight)
 
     @property
     def inflight(self) -> int:
@@ -147,7 +160,7 @@ class ReadyCache:
         if not self._entries or self.dirty or self.loaded_at is None:
             return True
         age = monotonic - self.loaded_at
-        return age >= MAX_AGE or (self.next_due is not None and self.next_due <= now and age >= DUE_REFRESH)
+        return age >= self.max_age or (self.next_due is not None and self.next_due <= now and age >= DUE_REFRESH)
 
     def offer(self, record: Record, now: int, *, inserted: bool = False) -> None:
         """A record just written by this process: keep it if it belongs among the cached ones.
@@ -301,6 +314,20 @@ class ReadyCache:
         if record is not None and record.payload is not None:
             self._payload_bytes -= len(record.payload)
         self._inflight.pop(id, None)
+
+    def meet_bad(self, item: Item, mark: Mark) -> bool:
+        """A record cannot be decoded; whether that is news. Beyond `MAX_BAD` nothing is news any more."""
+        known = item.id in self.bad
+        if known or len(self.bad) < MAX_BAD:
+            self.bad[item.id] = (-item.priority, mark.due, item.key)
+        return not known and item.id in self.bad
+
+    def forget_bad(self, met: set[str], last: tuple[int, int, int] | None) -> None:
+        """A look from the front to the rank ``last`` (None: to the end) met these unreadable ones: others up to there
+        are gone."""
+        gone = [id for id, rank in self.bad.items() if id not in met and (last is None or rank <= last)]
+        for id in gone:
+            del self.bad[id]
 
     def release_overdue(self, now: int) -> int:
         """Forget hand-out marks whose time is over (their takers vanished); how many."""

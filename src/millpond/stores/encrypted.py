@@ -63,6 +63,7 @@ from millpond.stores.base import (
     ReadyPage,
     Remove,
     Removed,
+    Requests,
     Reseal,
     Store,
     Stored,
@@ -384,6 +385,10 @@ class EncryptedStore:
         data = self.envelope.open(DOCUMENT, namespace, queue, "", document.data)
         return Document(data, document.etag)
 
+    async def sealed_document(self, namespace: str, queue: str) -> Document | None:
+        """The queue's document as it lies in the inner store, whether it opens or not."""
+        return await self.inner.document(namespace, queue)
+
     async def queues(self) -> builtins.list[QueueName]:
         """Every queue; the vault is none."""
         return [name for name in await self.inner.queues() if name != PLACE]
@@ -544,6 +549,10 @@ class EncryptedStore:
             **self.envelope.statistics(),
             "crypto_unreadable": self._unreadable,
         }
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """The inner store's."""
+        return self.inner.requests()
 
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:
         """Records of a box in order of insertion. A page may be short, or empty, and not be the last."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from millpond import Config, InvalidInput, QueuePolicy
+from millpond import Config, InvalidInput, QueuePolicy, StoreCorrupt, StoreMismatch, Tampered
+from millpond.stores.base import DocumentWritten, PutDocument
 
 if TYPE_CHECKING:
     from tests.conformance.queue.conftest import World
 
-AGE = Config().policy_max_age
+
+def age_of_policies(world: World) -> float:
+    """Seconds within which a policy reaches every pond."""
+    return Config().policy_age(world.paid)
 
 
 async def test_nothing_is_handed_out_while_paused(world: World) -> None:
@@ -54,7 +60,7 @@ async def test_a_waiting_consumer_gets_nothing_until_the_resume(world: World) ->
         await queue.pause()
         await queue.enqueue(b"x")
         waiting = await world.waiting(queue.receive(wait=1000))
-        await world.advance(AGE)
+        await world.advance(age_of_policies(world))
         assert not waiting.done()
         await queue.resume()
         await world.settle()
@@ -67,10 +73,10 @@ async def test_a_pause_elsewhere_takes_effect_within_the_age_of_the_policy(world
         await here.enqueue_many([b"1", b"2"])
         assert len(await there.receive()) == 1
         await here.pause()
-        world.clock.advance(AGE)
+        world.clock.advance(age_of_policies(world))
         assert await there.receive() == []
         await here.resume()
-        world.clock.advance(AGE)
+        world.clock.advance(age_of_policies(world))
         assert len(await there.receive()) == 1
 
 
@@ -135,7 +141,7 @@ async def test_the_policy_holds_for_messages_enqueued_in_another_pond(world: Wor
     async with world.queue() as here, world.queue() as there:
         await there.enqueue(b"before")  # Now it has a copy of the policy as it was.
         await here.set_policy(default_visibility=7, max_attempts=2, ttl=60, dedup_window=5)
-        world.clock.advance(AGE)
+        world.clock.advance(age_of_policies(world))
         await there.enqueue(b"after", dedup_key="k")
         now = world.clock.now_ms()
         before, after = await there.receive(2)
@@ -260,3 +266,63 @@ async def test_changes_at_the_same_time_are_all_kept(world: World) -> None:
             here.set_policy(ttl=1), there.set_policy(max_attempts=2), here.set_policy(dedup_window=3), there.pause()
         )
         assert await here.policy() == QueuePolicy(ttl=1, max_attempts=2, dedup_window=3, paused=True)
+
+
+async def test_a_pause_may_come_before_the_first_message(world: World) -> None:
+    async with world.pond() as pond, world.queue("early") as elsewhere:
+        await pond.queue("early").pause()
+        assert await pond.queues() == [("default", "early")]
+        await elsewhere.enqueue(b"x")
+        assert await elsewhere.receive() == []
+
+
+async def test_what_changes_nothing_makes_no_queue(world: World) -> None:
+    async with world.pond() as pond:
+        await pond.queue("never").resume()
+        await pond.queue("never").set_policy(paused=False, on_expired="discard")
+        await pond.queue("never").reset_policy()
+        assert await pond.queues() == []
+
+
+async def _garble(world: World, data: bytes) -> None:
+    """Change the policy of the queue as only somebody with access to the storage could."""
+    bare = world.handle()
+    await bare.open()
+    document = await bare.document("default", "orders")
+    [outcome] = await bare.write([PutDocument("default", "orders", document and document.etag, data)])
+    assert isinstance(outcome, DocumentWritten)
+    await bare.close()
+
+
+NEWER = b"\x82\xa6format\x02\xa6policy\x80"
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1nonsense", NEWER], ids=["empty", "nonsense", "newer"])
+async def test_a_policy_that_cannot_be_read_is_reset(world: World, data: bytes, caplog: Any) -> None:
+    async with world.pond() as pond, world.queue() as elsewhere:
+        queue = pond.queue("orders")
+        await queue.enqueue(b"x")
+        await queue.set_policy(max_attempts=2, paused=True)
+        await _garble(world, data)
+        world.clock.advance(age_of_policies(world))
+        for call in (queue.policy(), queue.receive(), queue.enqueue(b"y"), queue.resume(), queue.set_policy(ttl=5)):
+            with pytest.raises((StoreCorrupt, StoreMismatch, Tampered)):
+                await call
+        [problem] = await pond.verify()
+        assert problem.where == "queue default/orders"
+        with caplog.at_level(logging.INFO, "millpond"):
+            assert await queue.reset_policy() == QueuePolicy()
+            assert await queue.reset_policy() == QueuePolicy()
+        events = [record for record in caplog.records if record.message == "millpond.policy.reset"]
+        assert [(event.namespace, event.queue) for event in events] == [("default", "orders")] * 2
+        assert await elsewhere.policy() == QueuePolicy()
+        assert await pond.verify() == []
+        assert (await world.one(elsewhere)).payload == b"x"
+
+
+async def test_a_reset_while_others_change_the_policy(world: World) -> None:
+    async with world.queue() as here, world.queue() as there:
+        await here.set_policy(max_attempts=3, ttl=5)
+        await asyncio.gather(here.reset_policy(), there.set_policy(dedup_window=3), here.reset_policy())
+        assert (await there.policy()).max_attempts is None
+        assert (await there.policy()).ttl is None

@@ -192,6 +192,17 @@ async def test_a_batch_that_breaks_midway_leaves_nothing_of_its_chunk(world: Wor
         await _nothing_written(queue)
 
 
+async def test_large_and_small_payloads_of_one_batch_keep_their_order(world: World) -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        world.clock.advance(0.005)
+        yield b"x" * LARGE
+
+    async with world.queue() as queue:
+        receipts = await queue.enqueue_many([b"first", slow(), b"last"])
+        messages = await queue.receive(3)
+        assert [message.id for message in messages] == [receipt.message_id for receipt in receipts]
+
+
 async def test_enqueue_many(world: World) -> None:
     async with world.queue() as queue:
         receipts = await queue.enqueue_many((b"%d" % n for n in range(1200)), priority=3, attributes={"k": "v"})

@@ -87,6 +87,7 @@ def test_wrong_usage_is_one_line_and_code_2(run: Run, tmp_path: Path, arguments:
         ["peek", "q"],
         ["purge", "q", "--yes"],
         ["resume", "q"],
+        ["policy", "reset", "q", "--yes"],
         ["policy", "show", "q"],
         ["dlq", "list", "q"],
         ["dlq", "show", "q", "id"],

@@ -13,7 +13,7 @@ from millpond.model.message import HEAD_FORMAT, STATUS_FORMAT, DeadLetter, Head,
 
 HEAD = Head(
     HEAD_FORMAT, "0197a3c2-1111-7abc-8def-0123456789ab", "default", "q", 1_750_000_000_000, 5, 3, 30_000, 60_000,
-    "dedup", "ordering", {"a": [1, None, "ü"]}, "correlation", "text/plain", 12, False,
+    "dedup", "ordering", {"a": [1, None, "ü"]}, "correlation", "text/plain", 12, False, 0xDEADBEEF,
 )  # fmt: skip
 STATUS = Status(
     STATUS_FORMAT, 1, 2, 3, 4, 5, 6, Lease("id", 5, 2, "owner", "txn"), {"error": "boom"}, DeadLetter("why", 9)
@@ -30,7 +30,7 @@ values = st.recursive(
 heads = st.builds(
     Head, st.just(HEAD_FORMAT), text, text, text, times, times, times, times, st.none() | times, st.none() | text,
     st.none() | text, st.none() | st.dictionaries(text, values, max_size=3), st.none() | text, st.none() | text,
-    times, st.booleans(),
+    times, st.booleans(), st.none() | times,
 )  # fmt: skip
 leases = st.builds(Lease, text, times, times, st.none() | text, st.none() | text)
 statuses = st.builds(
@@ -143,11 +143,16 @@ def test_the_formats_are_as_written_down() -> None:
     """Arrays that begin with the format; a field that is moved or named would make what is stored unreadable."""
     assert msgspec.msgpack.decode(encode(HEAD)) == [
         1, "0197a3c2-1111-7abc-8def-0123456789ab", "default", "q", 1_750_000_000_000, 5, 3, 30_000, 60_000,
-        "dedup", "ordering", {"a": [1, None, "ü"]}, "correlation", "text/plain", 12, False,
+        "dedup", "ordering", {"a": [1, None, "ü"]}, "correlation", "text/plain", 12, False, 0xDEADBEEF,
     ]  # fmt: skip
     assert msgspec.msgpack.decode(encode(STATUS)) == [
         1, 1, 2, 3, 4, 5, 6, ["id", 5, 2, "owner", "txn"], {"error": "boom"}, ["why", 9],
     ]  # fmt: skip
+
+
+def test_a_head_from_before_the_checksum_is_read() -> None:
+    fields = msgspec.msgpack.decode(encode(HEAD))
+    assert decode_head(encode(fields[:-1]), "x") == msgspec.structs.replace(HEAD, checksum=None)
 
 
 def test_records_cannot_be_changed() -> None:

@@ -14,7 +14,7 @@ from tests.unit.service.garbled import GarbledStore
 import millpond.testing
 from millpond.errors import StoreError
 from millpond.model.clock import ManualClock
-from millpond.service import core
+from millpond.service import core, ready
 from millpond.service.claiming import HAND_OUT_LIMIT
 from millpond.service.config import Config
 from millpond.service.consuming import Delivery
@@ -214,6 +214,57 @@ async def test_a_queue_of_nothing_else_is_read_once_for_each_question() -> None:
         for asked in range(1, 4):
             assert await pond.service.next_candidates(None, "q", 1) == []
             assert store.count("ready") == asked
+
+
+@pytest.mark.parametrize("page", [2, 100])
+async def test_those_that_are_gone_are_forgotten(page: int) -> None:
+    async with pond_of(ready_page_size=page) as (pond, store):
+        cache = pond.service.cache(KEY)
+        for _ in range(3):
+            ids = await fill(pond, 20)
+            store.bad = set(ids[:5])
+            await pond.service.refresh_ready_cache(None, "q")
+            assert set(cache.bad) == set(ids[:5])
+            await pond.queue("q").purge()
+        await fill(pond, 20)
+        await pond.service.refresh_ready_cache(None, "q")
+        assert len(cache.bad) == 0
+
+
+async def test_those_beyond_the_page_are_not_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    async with pond_of(ready_page_size=10) as (pond, store):
+        ids = await fill(pond, 10, priority=5)
+        store.bad = set(ids)
+        await pond.service.refresh_ready_cache(None, "q")
+        assert set(pond.service.cache(KEY).bad) == set(ids)
+        # Others come to stand before them, and the page ends before it reaches them.
+        await fill(pond, 40, priority=9)
+        await pond.service.refresh_ready_cache(None, "q")
+        assert set(pond.service.cache(KEY).bad) == set(ids)
+        await pond.queue("q").receive(40)
+        await pond.service.refresh_ready_cache(None, "q")
+        reports = [entry for entry in caplog.records if entry.message == "millpond.record.unreadable"]
+        assert len(reports) == 10
+
+
+async def test_no_more_than_so_many_are_remembered_or_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ready, "MAX_BAD", 6)
+    async with pond_of(ready_page_size=4) as (pond, store):
+        ids = await fill(pond, 30)
+        store.bad = set(ids[:8])
+        for _ in range(3):
+            await pond.service.refresh_ready_cache(None, "q")
+            assert set(pond.service.cache(KEY).bad) == set(ids[:6])
+        # Six that it knows of and a page: the two beyond are passed over all the same.
+        assert await numbers(pond.service, await pond.service.next_candidates(None, "q", 2)) == [8, 9]
+        reports = [entry for entry in caplog.records if entry.message == "millpond.record.unreadable"]
+        assert len(reports) == 6
+        store.bad = set(ids[:30])
+        before = store.count("ready")
+        await pond.service.refresh_ready_cache(None, "q")
+        assert store.count("ready") == before + 1
 
 
 # In flight

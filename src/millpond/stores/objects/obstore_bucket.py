@@ -94,6 +94,8 @@ class ObstoreBucket:
         self._ids = ids
         self._patience = patience
         self._on_request = on_request
+        self.on_repeat: Callable[[str, str], None] = lambda kind, name: None
+        """Told of every request that is sent again, by kind and name: for those who count calls of methods."""
         self.sent: Counter[str] = Counter()
 
     def __repr__(self) -> str:
@@ -420,6 +422,8 @@ class ObstoreBucket:
         tries = 0
         while True:
             self._count(kind, name)
+            if tries:
+                self.on_repeat(kind, name)
             try:
                 return await call()
             except Exception as error:

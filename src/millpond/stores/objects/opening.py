@@ -24,9 +24,10 @@ from millpond.errors import InvalidInput, StoreError
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
 from millpond.stores.objects.clouds import Cloud
-from millpond.stores.objects.obstore_bucket import DELETE_WINDOW, PATIENCE, TIMEOUT, Clients, ObstoreBucket
+from millpond.stores.objects.obstore_bucket import DELETE_WINDOW, PART, PATIENCE, TIMEOUT, Clients, ObstoreBucket
 from millpond.stores.objects.probe import check_at_opening, probe
 from millpond.stores.objects.profile import credentials_of_profile
+from millpond.stores.objects.requests import CountedBucket
 
 if TYPE_CHECKING:
     from millpond.stores.base import Finding, Store
@@ -331,7 +332,9 @@ def open_object_store(url: str, *, clock: Clock) -> Store:
 
     location = parse_location(url)
     ids = IdSource(clock)
-    bucket = open_bucket(location, clock=clock, ids=ids)
+    inner = open_bucket(location, clock=clock, ids=ids)
+    bucket = CountedBucket(inner, part_bytes=PART, batch=location.cloud.deletes)
+    inner.on_repeat = bucket.repeated
     return ObjectStore(
         bucket,
         clock=clock,

@@ -39,6 +39,7 @@ from millpond.stores.base import (
     ReadyPage,
     Remove,
     Removed,
+    Requests,
     Stored,
     Subscription,
     Updated,
@@ -55,6 +56,7 @@ from millpond.stores.objects.markers import Markers
 from millpond.stores.objects.moves import Moves
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.ready import Ready
+from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.upkeep import Upkeep
 from millpond.stores.objects.writes import Writer
 
@@ -370,6 +372,11 @@ class ObjectStore:
         self._check_open()
         # The change feed of one host is plugged in here, and `Capabilities.change_feed` set where it is made.
         raise StoreError("this bucket has no change feed: look at the queue from time to time")
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """What was asked of the bucket, where that is counted."""
+        bucket = self._engine.bucket
+        return bucket.requests() if isinstance(bucket, CountedBucket) else {}
 
     def statistics(self) -> dict[str, Any]:
         """writes, ops and conflicts of this store; replies that got lost; moves of others that it finished; records

@@ -39,7 +39,7 @@ from millpond.stores.base import (
     Updated,
 )
 from millpond.stores.sqlite.heads import Heads
-from millpond.stores.sqlite.rows import stored
+from millpond.stores.sqlite.rows import ready
 from millpond.stores.sqlite.schema import BLOCKED, BLOCKED_LEASED, BUCKET, BYTES, CHUNK, CHUNK_BITS, DEAD, FREE, LEASED
 
 DIRECT_DELETE = 4 * CHUNK
@@ -53,6 +53,11 @@ _INSERT = (
     "INSERT INTO message(seq,queue,lane,due,version,leased,box,expires,grp,size,external,stateful,id,priority,place,"
     "status)VALUES(?,?,?,?,1,0,0,?,?,?,?,0,?,?,?,?)"
 )
+_INSERT_PLAIN = (
+    "INSERT INTO message(seq,queue,lane,due,version,leased,box,expires,grp,size,external,stateful,id,priority,place,"
+    "status)VALUES(?1,?2,?3,?4,1,0,0,NULL,NULL,?5,0,0,?6,?3,NULL,?7)"
+)
+"""The same for a record without group, expiry and blob: nearly all, and each binding costs."""
 _BODY = "INSERT INTO body VALUES(?,?,?)"
 _UPDATE = "UPDATE message SET due=?,version=version+1,leased=?,status=? WHERE seq=? AND version=?"
 _UPDATE_FULL = (
@@ -73,11 +78,37 @@ _LIVE = Box.LIVE
 _NEXT = {str(version): str(version + 1) for version in range(1, 256)}
 """ETag → the next one, for the versions that nearly all updates meet."""
 
-Key = tuple[int, int, int]
+KIND_BITS = 3
+"""A key of `Tally.counts` is ``bucket << KIND_BITS | kind``."""
 
 
 def _next(etag: str) -> str:
     return _NEXT.get(etag) or str(int(etag) + 1)
+
+
+class Tally:
+    """What a transaction does to the counters of one queue."""
+
+    __slots__ = ("changed", "counts", "name", "queue")
+
+    def __init__(self, queue: int, name: tuple[str, str]) -> None:
+        self.queue = queue
+        """The queue's id."""
+        self.name = name
+        self.counts: dict[int, int] = {}
+        self.changed = False
+        """Somebody may want to look at the queue after this transaction."""
+
+    def copy(self) -> Tally:
+        """As it is now."""
+        copy = Tally(self.queue, self.name)
+        copy.counts, copy.changed = self.counts.copy(), self.changed
+        return copy
+
+    def add(self, kind: int, due: int, n: int) -> None:
+        """``n`` more of a kind that are due then."""
+        key = (due // BUCKET << KIND_BITS) | kind if kind in {FREE, LEASED, BLOCKED_LEASED} else kind
+        self.counts[key] = self.counts.get(key, 0) + n
 
 
 class Take(NamedTuple):
@@ -102,7 +133,13 @@ class Applier:
         self._queues: dict[tuple[str, str], int] = {}
         """(namespace, name) → id of queues that are committed; ids are never reused."""
         self._new_queues: dict[tuple[str, str], int] = {}
-        self._counters: dict[Key, int] = {}
+        self._tallies: dict[tuple[str, str], Tally] = {}
+        self._tally = Tally(0, ("", ""))
+        """The one of the queue that the op before was about: ops come in runs."""
+        self._namespace: str | None = None
+        self._name: str | None = None
+        self._new_mark = Mark("1", 0, False, None, _LIVE)
+        """The mark of the record inserted last: what is enqueued together has the same."""
         self._bodies: list[tuple[int, bytes, bytes]] = []
         self._sequence = 0
         """The next number; 0 when it was not read in this transaction."""
@@ -130,7 +167,8 @@ class Applier:
     def begin(self) -> None:
         """Forget the transaction before this one; it was committed if ``committed`` was called."""
         self._new_queues = {}
-        self._counters = {}
+        self._tallies = {}
+        self._namespace = self._name = None
         self._bodies = []
         if self._heads:
             self._heads = {}
@@ -146,13 +184,18 @@ class Applier:
         run = self._run
         if self._sequence != self._first:
             run("UPDATE sequence SET next=?", (self._sequence,))
-        for (queue, kind, bucket), n in self._counters.items():
-            if n > 0:
-                run(_COUNT_UP, (queue, kind, bucket, n))
-            elif n < 0:
-                run(_COUNT_DOWN, (n, queue, kind, bucket, -n))
-                if not self._changes():
-                    run(_COUNT_OUT, (queue, kind, bucket, -n))
+        for tally in self._tallies.values():
+            if tally.changed:
+                self.changed.add(tally.name)
+            queue = tally.queue
+            for key, n in tally.counts.items():
+                kind, bucket = key & ((1 << KIND_BITS) - 1), key >> KIND_BITS
+                if n > 0:
+                    run(_COUNT_UP, (queue, kind, bucket, n))
+                elif n < 0:
+                    run(_COUNT_DOWN, (n, queue, kind, bucket, -n))
+                    if not self._changes():
+                        run(_COUNT_OUT, (queue, kind, bucket, -n))
         return self._connection.total_changes() != self._before
 
     def committed(self) -> None:
@@ -170,9 +213,8 @@ class Applier:
     def commit(self, ops: Sequence[Op]) -> list[Outcome]:
         """Apply all ops or none. After an exception the transaction has to be rolled back."""
         self._flush_bodies()
-        counters, queues, changed, doomed = (
-            self._counters.copy(), self._new_queues.copy(), self.changed.copy(), self.doomed
-        )  # fmt: skip
+        tallies = {name: tally.copy() for name, tally in self._tallies.items()}
+        queues, doomed = self._new_queues.copy(), self.doomed
         self._run("SAVEPOINT atomic")
         outcomes: list[Outcome] = []
         for op in ops:
@@ -181,7 +223,8 @@ class Applier:
                 self._run("ROLLBACK TO atomic")
                 self._run("RELEASE atomic")
                 self._bodies = []
-                self._counters, self._new_queues, self.changed, self.doomed = counters, queues, changed, doomed
+                self._tallies, self._new_queues, self.doomed = tallies, queues, doomed
+                self._namespace = self._name = None
                 aborted: list[Outcome] = [Conflict(Cause.ABORTED)] * len(ops)
                 aborted[len(outcomes)] = outcome
                 return aborted
@@ -215,13 +258,13 @@ class Applier:
                 if not rows:
                     break
             row = rows.popleft()
-            decided = decide(stored(namespace, name, row, row[13]))
+            decided = decide(ready(namespace, name, row))
             if decided is None:
                 continue
             op = decided[0]
             outcome = self._appliers[op.__class__](op)
             if outcome.__class__ is not Conflict:
-                taken.append((decided[1], cast(Updated | Removed, outcome)))
+                taken.append((decided[1], outcome))  # type: ignore[arg-type]
                 left -= 1
         self.wanted[key] = wanted - limit
         return taken
@@ -250,50 +293,58 @@ class Applier:
         self._sequence = number + 1
         return number
 
-    def _count(self, queue: int, kind: int, due: int, n: int) -> None:
-        key = (queue, kind, due // BUCKET if kind in {FREE, LEASED, BLOCKED_LEASED} else 0)
-        self._counters[key] = self._counters.get(key, 0) + n
+    def _turn(self, namespace: str, name: str) -> Tally:
+        """Make the queue the current one; it is made if there is none."""
+        key = (namespace, name)
+        tally = self._tallies.get(key)
+        if tally is None:
+            tally = self._tallies[key] = Tally(self.queue(namespace, name), key)
+        self._namespace, self._name, self._tally = namespace, name, tally
+        return tally
 
     # The three that make a message's life
 
     def _insert(self, op: Insert) -> Outcome:
         item = op.item
-        name = (item.namespace, item.queue)
-        queue = self._queues.get(name)
-        if queue is None:
-            queue = self.queue(*name)
+        tally = self._tally
+        if item.queue is not self._name or item.namespace is not self._namespace:
+            tally = self._turn(item.namespace, item.queue)
+        queue = tally.queue
         unique, group = op.unique, item.group
         lane: int | None = item.priority
-        kind, bucket = FREE, op.due // BUCKET
+        key = (op.due // BUCKET << KIND_BITS) | FREE
         if unique is not None:
             conflict = self._check_unique(queue, item.id, unique.key, unique.now)
             if conflict is not None:
                 return conflict
         if group is not None and self._run(_IN_GROUP, (queue, group)).get:
-            lane, kind, bucket = None, BLOCKED, 0
+            lane, key = None, BLOCKED
         # number(), written out
         seq = self._sequence
         if not seq:
             seq = self._first = self._run("SELECT next FROM sequence").get
         self._sequence = seq + 1
         try:
-            self._run(
-                _INSERT,
-                (
-                    seq,
-                    queue,
-                    lane,
-                    op.due,
-                    op.expires,
-                    group,
-                    item.size,
-                    item.external,
-                    item.id,
-                    item.priority,
-                    None if group is None else seq,
-                    op.status,
-                ),
-            )
+            if group is None and op.expires is None and not item.external:
+                self._run(_INSERT_PLAIN, (seq, queue, lane, op.due, item.size, item.id, op.status))
+            else:
+                self._run(
+                    _INSERT,
+                    (
+                        seq,
+                        queue,
+                        lane,
+                        op.due,
+                        op.expires,
+                        group,
+                        item.size,
+                        item.external,
+                        item.id,
+                        item.priority,
+                        None if group is None else seq,
+                        op.status,
+                    ),
+                )
         except apsw.ConstraintError as error:
             if cast(Any, error).extendedresult != apsw.SQLITE_CONSTRAINT_UNIQUE:
                 raise
@@ -306,16 +357,15 @@ class Applier:
             self._run("REPLACE INTO unique_key VALUES(?,?,?,?)", (queue, unique.key, unique.until, item.id))
         if item.external:
             self._attach(queue, item, op.blob)
-        counters = self._counters
-        key = (queue, kind, bucket)
-        counters[key] = counters.get(key, 0) + 1
-        if item.size:
-            key = (queue, BYTES, 0)
-            counters[key] = counters.get(key, 0) + item.size
-        self.changed.add(name)
+        counts = tally.counts
+        counts[key] = counts.get(key, 0) + 1
+        counts[BYTES] = counts.get(BYTES, 0) + item.size
+        tally.changed = True
+        mark = self._new_mark
+        if mark.due != op.due or mark.expires != op.expires:
+            mark = self._new_mark = Mark("1", op.due, False, op.expires, _LIVE)
         return Inserted(
-            Item(item.namespace, item.queue, item.id, item.priority, group, item.size, item.external, seq),
-            Mark("1", op.due, False, op.expires, _LIVE),
+            Item(item.namespace, item.queue, item.id, item.priority, group, item.size, item.external, seq), mark
         )
 
     def _check_unique(self, queue: int, id: str, key: str, now: int) -> Conflict | None:
@@ -347,17 +397,16 @@ class Applier:
         if op.want_payload:
             payload = self._payload(item)
         if op.box is _LIVE:
-            name = (item.namespace, item.queue)
-            queue = self._queues.get(name)
-            if queue is None:
-                queue = self.queue(*name)
-            counters = self._counters
-            key = (queue, LEASED if mark.leased else FREE, mark.due // BUCKET)
-            counters[key] = counters.get(key, 0) - 1
-            key = (queue, LEASED if leased else FREE, due // BUCKET)
-            counters[key] = counters.get(key, 0) + 1
-            if not leased or due < mark.due:
-                self.changed.add(name)
+            tally = self._tally
+            if item.queue is not self._name or item.namespace is not self._namespace:
+                tally = self._turn(item.namespace, item.queue)
+            counts, before = tally.counts, mark.due
+            key = (before // BUCKET << KIND_BITS) | (LEASED if mark.leased else FREE)
+            counts[key] = counts.get(key, 0) - 1
+            key = (due // BUCKET << KIND_BITS) | (LEASED if leased else FREE)
+            counts[key] = counts.get(key, 0) + 1
+            if not leased or due < before:
+                tally.changed = True
         return Updated(Mark(_NEXT.get(etag) or _next(etag), due, leased, op.expires, op.box), payload)
 
     def _payload(self, item: Item) -> bytes:
@@ -373,7 +422,7 @@ class Applier:
         if row is None or str(row[0]) != mark.etag:
             return self._refusal(item)
         blocked = bool(row[2])
-        queue = self.queue(item.namespace, item.queue)
+        tally = self._turn(item.namespace, item.queue)
         arrives, leaves = op.box is _LIVE and mark.box is not _LIVE, op.box is not _LIVE and mark.box is _LIVE
         # What comes back into a group stands behind all others, and is blocked until settle() has looked.
         block = op.box is _LIVE and group is not None and (blocked or arrives)
@@ -381,27 +430,27 @@ class Applier:
         lane = item.priority if op.box is _LIVE and not block else None
         self._run(_UPDATE_FULL, (lane, op.due, op.leased, op.box, op.expires, place, op.status, item.key, mark.etag))
         payload = self._payload(item) if op.want_payload else None
-        self._count(queue, _kind(mark.box, mark.leased, blocked), mark.due, -1)
-        self._count(queue, _kind(op.box, op.leased, block), op.due, 1)
+        tally.add(_kind(mark.box, mark.leased, blocked), mark.due, -1)
+        tally.add(_kind(op.box, op.leased, block), op.due, 1)
         if arrives or leaves:
-            self._count(queue, BYTES, 0, item.size if arrives else -item.size)
+            tally.add(BYTES, 0, item.size if arrives else -item.size)
             if group is not None:
-                self._settle(queue, group)
+                self._settle(tally, group)
         if (leaves and group is not None) or (op.box is _LIVE and (not op.leased or op.due < mark.due)):
-            self.changed.add((item.namespace, item.queue))
+            tally.changed = True
         return Updated(Mark(_next(mark.etag), op.due, op.leased, op.expires, op.box), payload)
 
-    def _settle(self, queue: int, group: str) -> None:
+    def _settle(self, tally: Tally, group: str) -> None:
         """After somebody came into or left a group: its first in the live box is not blocked, its second is.
 
         The others need no look: none of them was first before, and none is now.
         """
-        for number, (seq, lane, priority, leased, due) in enumerate(self._run(_HEADS, (queue, group)).fetchall()):
+        for number, (seq, lane, priority, leased, due) in enumerate(self._run(_HEADS, (tally.queue, group)).fetchall()):
             blocked, block = lane is None, number > 0
             if blocked != block:
                 self._run("UPDATE message SET lane=? WHERE seq=?", (None if block else priority, seq))
-                self._count(queue, _kind(_LIVE, leased, blocked), due, -1)
-                self._count(queue, _kind(_LIVE, leased, block), due, 1)
+                tally.add(_kind(_LIVE, leased, blocked), due, -1)
+                tally.add(_kind(_LIVE, leased, block), due, 1)
 
     def _remove(self, op: Remove) -> Outcome:
         item, mark = op.item, op.mark
@@ -410,19 +459,16 @@ class Applier:
         self._run(_REMOVE, (item.key, mark.etag))
         if not self._changes():
             return self._remove_full(op)
-        name = (item.namespace, item.queue)
-        queue = self._queues.get(name)
-        if queue is None:
-            queue = self.queue(*name)
-        counters = self._counters
+        tally = self._tally
+        if item.queue is not self._name or item.namespace is not self._namespace:
+            tally = self._turn(item.namespace, item.queue)
+        counts = tally.counts
         if mark.box is _LIVE:
-            key = (queue, LEASED if mark.leased else FREE, mark.due // BUCKET)
-            if item.size:
-                size = (queue, BYTES, 0)
-                counters[size] = counters.get(size, 0) - item.size
+            key = (mark.due // BUCKET << KIND_BITS) | (LEASED if mark.leased else FREE)
+            counts[BYTES] = counts.get(BYTES, 0) - item.size
         else:
-            key = (queue, DEAD, 0)
-        counters[key] = counters.get(key, 0) - 1
+            key = DEAD
+        counts[key] = counts.get(key, 0) - 1
         return _REMOVED
 
     def _remove_full(self, op: Remove) -> Outcome:
@@ -431,18 +477,18 @@ class Applier:
         row = self._run(_ROW, (item.key,)).fetchone()
         if row is None or str(row[0]) != mark.etag:
             return self._refusal(item)
-        queue = self.queue(item.namespace, item.queue)
+        tally = self._turn(item.namespace, item.queue)
         self._run(_REMOVE_STATEFUL, (item.key, mark.etag))
         if row[1]:
             self._run("DELETE FROM state WHERE seq=?", (item.key,))
         if item.external:
-            self._detach(queue, item)
-        self._count(queue, _kind(mark.box, mark.leased, bool(row[2])), mark.due, -1)
+            self._detach(tally.queue, item)
+        tally.add(_kind(mark.box, mark.leased, bool(row[2])), mark.due, -1)
         if mark.box is _LIVE:
-            self._count(queue, BYTES, 0, -item.size)
+            tally.add(BYTES, 0, -item.size)
             if item.group is not None:
-                self._settle(queue, item.group)
-                self.changed.add((item.namespace, item.queue))
+                self._settle(tally, item.group)
+                tally.changed = True
         return _REMOVED
 
     def _detach(self, queue: int, item: Item) -> None:
@@ -506,10 +552,10 @@ class Applier:
         row = self._run("SELECT version,document IS NULL FROM queue WHERE namespace=? AND name=?", name).fetchone()
         if op.expect != (None if row is None or row[1] else str(row[0])):
             return Conflict(Cause.STATE)
-        queue = self.queue(*name)
+        tally = self._turn(*name)
         version = self.number()
-        self._run("UPDATE queue SET document=?,version=? WHERE id=?", (op.data, version, queue))
-        self.changed.add(name)
+        self._run("UPDATE queue SET document=?,version=? WHERE id=?", (op.data, version, tally.queue))
+        tally.changed = True
         return DocumentWritten(str(version))
 
     def _reseal(self, op: Reseal) -> Outcome:

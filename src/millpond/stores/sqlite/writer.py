@@ -5,7 +5,11 @@ and of the lock:
 
 - The statements of a transaction run in one go on the event loop's thread. Each statement gives up the GIL and takes it
   back, which is free while nobody else wants it, and costs up to 5 ms a statement when the loop is busy beside.
-- Only what waits is done in the writer thread: for the lock, and for COMMIT. The loop gathers meanwhile.
+- Only what waits is done in the writer thread: for the lock, and for COMMIT. The loop gathers meanwhile. The loop lets
+  the thread begin before it goes on: a thread that wants the GIL of a busy loop gets it after 5 ms, and a COMMIT that
+  begins only then is one that the loop waits for.
+- Where other processes wait for the lock, the loop commits by itself as long as that takes next to no time: the thread
+  would want the GIL once more to give the lock back, and all processes would wait for that.
 - A lock that had to be waited for is offered to the loop; if the loop does not come for it within `GRACE` (somebody
   blocks it), the thread runs the statements itself. So nobody else's write waits for a busy event loop for longer.
 
@@ -37,6 +41,10 @@ from millpond.stores.sqlite.threads import Background, tell
 MAX_OPS = 1000
 """Ops after which a transaction takes no further call: larger ones gain nothing (60 k messages/s at 200, 66 k at 1000)
 and make everybody wait."""
+QUICK = 0.002
+"""Seconds, on average of late, that a COMMIT may take for the loop to wait for it."""
+HAND_OVER = 0.002
+"""Seconds that the loop waits at most for the thread to begin a COMMIT; 40 µs are usual."""
 SPLIT_OPS = 64
 """Ops from which a transaction takes only half of what there is to do. While one half is on its way to the disk, the
 callers of the other half compute: both cores work. Below, a second fsync costs more than that gains."""
@@ -152,6 +160,10 @@ class Writer:
         self._busy_timeout = busy_timeout
         self._report = committed
         self._thread = Background("millpond-writer")
+        self._begun = threading.Lock()
+        """Held from when a COMMIT is posted until the thread begins it."""
+        self._commit_seconds = QUICK
+        """What a COMMIT takes: a moving average."""
         self._pending: deque[Call] = deque()
         self._jobs: deque[Job] = deque()
         self._mutex = threading.Lock()
@@ -280,9 +292,9 @@ class Writer:
         waiting = sum(call.size for call in self._pending)
         return min(MAX_OPS, max(SPLIT_OPS, (waiting + self._answered) // 2))
 
-    def _run_batch(self, limit: int) -> None:
+    def _run_batch(self, limit: int, contended: bool = False) -> None:
         """With the lock held and a transaction begun: run up to ``limit`` ops of what is pending, then have the thread
-        commit them."""
+        commit them; or commit them here, if the lock is ``contended`` and that is quick."""
         try:
             batch = self._fill(self._pending, limit)
         except BaseException:  # an interrupt: the loop is about to end, the lock must not stay behind
@@ -291,7 +303,14 @@ class Writer:
             raise
         if batch.wrote:
             self._away = True
-            self._thread.post(lambda: self._commit(batch))
+            if contended and self._commit_seconds < QUICK:
+                self._commit(batch)
+                self._done(batch)
+                return
+            self._begun.acquire(blocking=False)
+            self._thread.post(lambda: self._commit_in_thread(batch))
+            if batch.ops >= SPLIT_OPS:
+                self._begun.acquire(timeout=HAND_OVER)
             return
         if self._connection.in_transaction:
             self._applier.execute("COMMIT")
@@ -434,7 +453,7 @@ class Writer:
         self._away = False
         self._stop_waiting()
         self.numbers["lock_wait_seconds"] += waited
-        self._run_batch(MAX_OPS)  # others wait for the lock as well: make the most of it
+        self._run_batch(MAX_OPS, contended=True)  # others wait for the lock as well: make the most of it
 
     def _gave_up(self, error: StoreError | None) -> None:
         """The thread stopped waiting: nobody wants the lock any more, or SQLite failed."""
@@ -466,8 +485,6 @@ class Writer:
                 job.future.set_result(job.result)
         self._again()
 
-    # In the thread
-
     def _commit(self, batch: Batch) -> None:
         began = time.perf_counter()
         error: StoreError | None = None
@@ -482,8 +499,15 @@ class Writer:
         if error is None:
             self._applier.committed()
             batch.seconds = time.perf_counter() - began
+            self._commit_seconds += (batch.seconds - self._commit_seconds) / 16
         else:
             self._fail(batch, error)
+
+    # In the thread
+
+    def _commit_in_thread(self, batch: Batch) -> None:
+        self._begun.release()
+        self._commit(batch)
         tell(self._loop, self._done, batch)
 
     def _wait_in_thread(self) -> None:
@@ -530,10 +554,10 @@ class Writer:
         self.numbers["batches_in_thread"] += 1
         if batch.wrote:
             self._commit(batch)
-            return
-        if self._connection.in_transaction:
-            self._applier.execute("COMMIT")
-        self._lock.release()
+        else:
+            if self._connection.in_transaction:
+                self._applier.execute("COMMIT")
+            self._lock.release()
         tell(self._loop, self._done, batch)
 
     def _run_job(self, job: Job) -> None:
