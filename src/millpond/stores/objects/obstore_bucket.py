@@ -93,7 +93,9 @@ class ObstoreBucket:
         self._clock = clock
         self._ids = ids
         self._patience = patience
-        self.on_request = on_request
+        self._on_request = on_request
+        self.on_repeat: Callable[[str, str], None] = lambda kind, name: None
+        """Told of every request that is sent again, by kind and name: for those who count calls of methods."""
         self.sent: Counter[str] = Counter()
 
     def __repr__(self) -> str:
@@ -401,8 +403,8 @@ class ObstoreBucket:
 
     def _count(self, kind: str, name: str) -> None:
         self.sent[kind] += 1
-        if self.on_request is not None:
-            self.on_request(kind, name)
+        if self._on_request is not None:
+            self._on_request(kind, name)
 
     async def _send(
         self,
@@ -420,6 +422,8 @@ class ObstoreBucket:
         tries = 0
         while True:
             self._count(kind, name)
+            if tries:
+                self.on_repeat(kind, name)
             try:
                 return await call()
             except Exception as error:
