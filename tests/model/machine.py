@@ -510,6 +510,8 @@ class Machine(RuleBasedStateMachine):
         held = self._pick(nth)
         before = self.run(self.standing())
         self.tick()
+        if not self.shares_leases:
+            which = held.which
         message = self.queue(which).handle(held.id, *held.lease)
         try:
             self.model.ack(held.id, held.lease)
@@ -737,6 +739,9 @@ class ObjectsMachine(Machine):
             inline_limit=INLINE,
             measure_skew=False,
             fenced_removals=self.fenced,
+            # Leases here last ten seconds; and what is ready must come in order.
+            margin=2000,
+            spread=False,
             random_bytes=chance.randbytes,
         )
 
