@@ -245,7 +245,8 @@ class ObstoreBucket:
             yield []
 
     async def folder(self, prefix: str) -> Folder:
-        """One level below ``prefix`` (which ends with a slash); folders by their whole names."""
+        """One level below ``prefix`` (which ends with a slash); folders by their whole names. SeaweedFS shows a folder
+        for some time after its last object went."""
         path = prefix.removesuffix("/") or None
         try:
             found = await self._send(
