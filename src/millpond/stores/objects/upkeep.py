@@ -54,6 +54,7 @@ class Upkeep:
         """Remove payloads without a record, unique keys that have ended, and (not counted) markers and pointers whose
         messages are gone."""
         queues = await self._reader.everywhere()
+        await self._clocks()
         ended = 0
         orphans: list[tuple[QueueName, str, str]] = []
         for name in queues:
@@ -83,6 +84,13 @@ class Upkeep:
                 self._blobs.swept(path)
             ended += len(gone)
         return ended
+
+    async def _clocks(self) -> None:
+        """What those left who died while they opened the store."""
+        now = self._engine.now()
+        left = [entry.name for entry in await self._list(names.CLOCKS) if now - entry.modified > QUIET]
+        for start in range(0, len(left), _BATCH):
+            await self._engine.exchange.delete_many(left[start : start + _BATCH])
 
     async def _present(self, name: QueueName) -> dict[str, list[str]]:
         """Message id in hex → the names of its objects."""

@@ -388,6 +388,8 @@ async def test_a_pointer_is_not_moved_on_while_its_delete_may_be_on_the_way() ->
 async def test_a_sweep_leaves_nothing_of_what_is_long_gone() -> None:
     rig = Rig()
     store = await rig.store()
+    # Somebody died while he compared clocks.
+    await rig.root.create(names.clock(bytes(16)), b"")
     for op in (fresh(1, group="g"), fresh(2, chosen=True), fresh(3, unique=Unique("k", NOW, NOW + 10))):
         record = await insert(store, op)
         held = await apply(store, lease(record, FAR))
@@ -395,7 +397,9 @@ async def test_a_sweep_leaves_nothing_of_what_is_long_gone() -> None:
         assert isinstance(await apply(store, Remove(record.item, held.mark)), Removed)
     kept = await insert(store, fresh(4, chosen=True, group="h"))
     assert isinstance(await apply(store, lease(kept, FAR)), Updated)
-    assert len(rig.root.objects) == 1 + 1 + 1 + 1 + 3
+    assert len(rig.root.objects) == 1 + 1 + 1 + 1 + 1 + 3
+    await store.sweep(NOW, older_than=10**9, limit=10)
+    assert len(rig.root.objects) == 1 + 1 + 1 + 1 + 1 + 3
     rig.clock.advance(3700)
     other = await rig.store()
     # Markers and pointers are not counted, the unique key is.
