@@ -495,3 +495,33 @@ async def test_a_payload_is_not_swept_though_a_listing_missed_its_message() -> N
     assert await sweeper.sweep(NOW + 10**9, older_than=1000, limit=10) == 0
     assert moved
     assert b"".join([chunk async for chunk in store.read_blob(record.item)]) == b"large"
+
+
+async def test_a_delete_that_had_to_wait_for_its_turn_is_not_sent_too_late() -> None:
+    """Others' requests kept it waiting until the lease was nearly over: then it is fenced."""
+    rig = Rig()
+    store = await rig.store()
+    records = [await insert(store, fresh(number)) for number in range(9)]
+    helds = [await apply(store, lease(record, NOW + 60_000)) for record in records]
+    network = rig.network(store)
+    delete, go_on = network.inner.delete, asyncio.Event()
+
+    async def slow(name: str) -> None:
+        await go_on.wait()
+        await delete(name)
+
+    network.inner.delete = slow  # type: ignore[method-assign]
+    network.reset()
+    acks = []
+    for record, held in zip(records, helds, strict=True):
+        assert isinstance(held, Updated)
+        acks.append(asyncio.ensure_future(apply(store, Remove(record.item, held.mark))))
+        for _ in range(20):
+            await asyncio.sleep(0)
+    # Eight requests are under way; the ninth waits.
+    assert [kind for kind, _ in network.calls] == ["delete"] * 8
+    rig.clock.advance(50)
+    go_on.set()
+    assert await asyncio.gather(*acks) == [Removed()] * 9
+    assert [kind for kind, _ in network.calls] == ["delete"] * 8 + ["replace", "delete"]
+    assert await picture(store) == {}
