@@ -25,7 +25,7 @@ from millpond.stores.objects.bucket import (
     OutcomeUnknown,
     Tag,
 )
-from millpond.stores.objects.deletes import Deletes
+from millpond.stores.objects.deletes import Deletes, TooLate
 from millpond.stores.objects.index import same
 
 log = logging.getLogger("millpond.stores.objects")
@@ -196,12 +196,15 @@ class Exchange:
                 await self.pause(attempt)
         raise AssertionError("unreachable")
 
-    async def delete_once(self, path: str, *, alone: bool = True) -> None:
-        """One request, not repeated, and shared with others' unless ``alone``. Raises OutcomeUnknown."""
+    async def delete_once(self, path: str, *, alone: bool = True, still: Callable[[], bool] = lambda: True) -> None:
+        """One request, not repeated, and shared with others' unless ``alone``; sent only if ``still`` says yes when its
+        turn has come. Raises TooLate, OutcomeUnknown."""
         if not alone:
-            await self._deletes.delete(path)
+            await self._deletes.delete(path, still)
             return
         async with self._slots:
+            if not still():
+                raise TooLate
             await self.bucket.delete(path)
 
 

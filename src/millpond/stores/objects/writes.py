@@ -35,6 +35,7 @@ from millpond.stores.base import (
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import OutcomeUnknown, Tag
+from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine, log
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
@@ -265,16 +266,20 @@ class Writer:
         than the request can take: nobody else may have been given the message by then. False: it may not be done; None:
         it was tried, and the replies got lost."""
         engine, record = self._engine, known.record
+        if engine.options.fenced_removals or not known.claimed or not record.leased:
+            return False
+
+        def lasts() -> bool:
+            return record.due - engine.now() > engine.options.margin
+
         outcome: bool | None = False
         for attempt in range(3):
-            lasts = record.due - engine.now()
-            if engine.options.fenced_removals or not known.claimed or not record.leased:
-                break
-            if lasts <= engine.options.margin:
-                break
             try:
-                await engine.exchange.delete_once(known.name.path, alone=attempt > 0)
+                # Asked when the request is sent: until then it may have to wait for others.
+                await engine.exchange.delete_once(known.name.path, alone=attempt > 0, still=lasts)
                 return True
+            except TooLate:
+                break
             except OutcomeUnknown:
                 outcome = None
                 await engine.exchange.pause(attempt)
