@@ -63,7 +63,7 @@ class Blobs:
 
     async def read(self, item: Item) -> AsyncGenerator[bytes, None]:
         """Stream a payload out. Raises MessageNotFound, StoreCorrupt."""
-        known = await self._finder.known(item.namespace, item.queue, item.id)
+        known = await self._finder.of_item(item)
         gone = MessageNotFound(f"the payload of message {item.id} is not (or no longer) there")
         if known is None or not known.record.blob:
             raise gone

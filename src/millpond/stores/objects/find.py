@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from millpond.stores.base import Box
+from millpond.stores.base import Box, Item
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Entry
 from millpond.stores.objects.engine import Engine
-from millpond.stores.objects.index import Known
 from millpond.stores.objects.markers import Markers
 from millpond.stores.objects.moves import NewRecord
 from millpond.stores.objects.names import Name
@@ -80,10 +79,10 @@ class Finder:
                 return page
         return []
 
-    async def known(self, namespace: str, queue: str, id: str) -> Known | None:
-        """As this process last saw it, without a request where it has."""
-        known = self._engine.index.by_id(namespace, queue, id)
-        if known is not None:
-            return known
-        placed = await self.find(namespace, queue, id)
-        return None if placed is None else self._engine.index.get(placed.name.path)
+    async def of_item(self, item: Item) -> NewRecord | None:
+        """The record of an item, as this process last saw it, without a request where it has."""
+        known = self._engine.index.by_id(item.namespace, item.queue, item.id)
+        if known is not None and records.is_of(item, known.record, known.name):
+            return NewRecord(known.name, known.record)
+        placed = await self.find(item.namespace, item.queue, item.id)
+        return placed if placed is not None and records.is_of(item, placed.record, placed.name) else None

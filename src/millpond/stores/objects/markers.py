@@ -145,8 +145,12 @@ class Markers:
         has to be withdrawn."""
         return await self.settle(claim.path, self.confirmed(claim.marker), claim.tag)
 
-    async def settle(self, path: str, marker: Marker, tag: Tag | None) -> str | None:
-        """See to it that a marker is confirmed as this one; ``tag``: of the pending one, if it is known."""
+    async def settle(
+        self, path: str, marker: Marker, tag: Tag | None, *, unless_there: tuple[str, str] | None = None
+    ) -> str | None:
+        """See to it that a marker is confirmed as this one; ``tag``: of the pending one, if it is known.
+
+        ``unless_there``: in this queue another's marker gives way, too, unless its message is there."""
         exchange = self._engine.exchange
         data = records.encode(marker)
         for _ in range(TRIES):
@@ -163,15 +167,19 @@ class Markers:
                 continue
             present = records.decode(Marker, result.data, path)
             if present.birth != marker.birth:
-                return present.id
-            if present.standing == Standing.CONFIRMED and present.version >= marker.version:
+                if unless_there is None or await self.find(*unless_there, present) is not None:
+                    return present.id
+            elif present.standing == Standing.CONFIRMED and present.version >= marker.version:
                 return None
             tag = result.tag
         raise StoreError(f"marker {path} keeps changing; try again")
 
-    async def point(self, path: str, marker: Marker) -> None:
-        """A message has a new place: its marker says so, unless it is another message's or says something newer."""
-        await self.settle(path, marker, None)
+    async def point(self, namespace: str, queue: str, path: str, marker: Marker) -> None:
+        """A message has a new place: its marker says so, unless that says something newer.
+
+        A marker of its id that is another's is left from an insert that was refused, or from a message that is gone;
+        or a new message has the id by now, and this one is gone."""
+        await self.settle(path, marker, None, unless_there=(namespace, queue))
 
     async def release(self, claims: list[Claim]) -> None:
         """The insert did not take place: others need not wait for it."""

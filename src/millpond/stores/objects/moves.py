@@ -135,7 +135,7 @@ class Moves:
             self._check_time(deadline)
             marker = records.decode(Marker, goal.data, goal.path)
             if goal.target < 0:
-                await self._markers.point(goal.path, marker)
+                await self._markers.point(source.namespace, source.queue, goal.path, marker)
                 continue
             other = await self._markers.settle(goal.path, marker, None)
             if other is not None and goal.target not in withdrawn:

@@ -20,6 +20,8 @@ from millpond.stores.objects.names import Name
 FORMAT = 1
 WRITE_ID_BYTES = 16
 BIRTH_BYTES = 8
+KEYS = 16
+"""Former keys kept in a record."""
 _MODULUS = 256
 _LENGTH = 4
 
@@ -74,6 +76,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     via: str
     """The object that this one came out of; as long as that is there, this name must not become free: whoever finishes
     the move would write it again. Empty when it is known to be gone."""
+    keys: tuple[bytes, ...] = ()
+    """The keys that it had before, the last few: who has seen it under one of them means this record."""
 
 
 class Target(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -321,6 +325,11 @@ def item(record: Record, name: Name) -> Item:
         record.external,
         name.key,
     )
+
+
+def is_of(what: Item, record: Record, name: Name) -> bool:
+    """Whether an item is that of this record, by the key that it has or had; one without a key is that of its id."""
+    return what.key in (0, name.key) or what.key.to_bytes(16) in record.keys
 
 
 def mark(record: Record, name: Name) -> Mark:

@@ -309,14 +309,14 @@ class ObjectStore:
     async def payload(self, item: Item) -> bytes | None:
         """The inline payload of a record; None when the record is gone."""
         self._check_open()
-        known = await self._finder.known(item.namespace, item.queue, item.id)
-        return None if known is None or (item.key and known.name.key != item.key) else known.record.payload
+        placed = await self._finder.of_item(item)
+        return None if placed is None else placed.record.payload
 
     async def state(self, item: Item) -> Document | None:
         """The state document of a record."""
         self._check_open()
         placed = await self._finder.find(item.namespace, item.queue, item.id)
-        if placed is None or placed.record.state is None:
+        if placed is None or placed.record.state is None or not records.is_of(item, placed.record, placed.name):
             return None
         return Document(placed.record.state, str(placed.record.state_version))
 

@@ -151,7 +151,11 @@ class Writer:
                     return Updated(records.mark(new, name), payload)
                 continue
             new = msgspec.structs.replace(new, via=name.path)
-            goals = [] if target.key == name.key else [self._pointing(new, target)]
+            goals: list[Goal] = []
+            if target.key != name.key:
+                keys = (*record.keys, name.key.to_bytes(16))[-records.KEYS :]
+                new = msgspec.structs.replace(new, keys=keys)
+                goals.append(self._pointing(new, target))
             moved = await self._moves.move(known, [NewRecord(target, new)], goals, blob="")
             if isinstance(moved, Moved):
                 return Updated(records.mark(new, target), payload)
