@@ -28,6 +28,8 @@ from millpond.stores.faulty import (
     fail_middle,
 )
 from millpond.stores.memory import MemoryStore
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.testing import pond
 
 KEYRING = Keyring({"key": bytes(32)})
@@ -42,12 +44,17 @@ FAULTS: dict[str, Callable[[], Fault]] = {
 
 
 class _Stage:
-    """A workload over a memory store that fails at call number ``at``, with and without encryption above it."""
+    """A workload over a store in memory that fails at call number ``at``, with and without encryption above it."""
 
-    def __init__(self, encrypted: bool, at: int = 0, fault: Fault | None = None) -> None:
+    def __init__(self, kind: str, at: int = 0, fault: Fault | None = None) -> None:
         self.clock = ManualClock()
-        self._root = MemoryStore(clock=self.clock, inline_limit=INLINE)
-        self._encrypted = encrypted
+        root, bucket = MemoryStore(clock=self.clock, inline_limit=INLINE), MemoryBucket(clock=self.clock)
+        self._handle: Callable[[], Store] = root.share
+        if kind.startswith("objects"):
+            self._handle = lambda: ObjectStore(
+                bucket.share(), clock=self.clock, inline_limit=INLINE, measure_skew=False
+            )
+        self._encrypted = kind.endswith("encrypted")
         self.faulty: list[FaultyStore] = []
         self._at, self._fault = at, fault
         self.work = Workload(self._store, self.clock)
@@ -58,12 +65,12 @@ class _Stage:
 
     def _store(self) -> Store:
         # One for each time the pond is opened; they count on.
-        self.faulty.append(FaultyStore(self._root.share(), self._plan))
+        self.faulty.append(FaultyStore(self._handle(), self._plan))
         return EncryptedStore(self.faulty[-1], KEYRING) if self._encrypted else self.faulty[-1]
 
     def survivor(self) -> Store:
         """What another process opens afterwards."""
-        return EncryptedStore(self._root.share(), KEYRING) if self._encrypted else self._root.share()
+        return EncryptedStore(self._handle(), KEYRING) if self._encrypted else self._handle()
 
     @property
     def calls(self) -> list[Call]:
@@ -71,11 +78,11 @@ class _Stage:
         return [call for one in self.faulty for call in one.calls]
 
 
-def _reference(encrypted: bool) -> tuple[list[dict[str, Model]], list[Call]]:
+def _reference(kind: str) -> tuple[list[dict[str, Model]], list[Call]]:
     """The models after each step, and the calls that the whole workload makes."""
 
     async def go() -> tuple[list[dict[str, Model]], list[Call]]:
-        stage, kept = _Stage(encrypted), list[dict[str, Model]]()
+        stage, kept = _Stage(kind), list[dict[str, Model]]()
         done, error = await run(stage.work, kept)
         assert (done, error) == (len(STEPS), None)
         calls = stage.calls
@@ -86,8 +93,8 @@ def _reference(encrypted: bool) -> tuple[list[dict[str, Model]], list[Call]]:
     return asyncio.run(go())
 
 
-async def _interrupt(encrypted: bool, at: int, fault: Fault, kept: list[dict[str, Model]]) -> None:
-    stage = _Stage(encrypted, at, fault)
+async def _interrupt(kind: str, at: int, fault: Fault, kept: list[dict[str, Model]]) -> None:
+    stage = _Stage(kind, at, fault)
     done, error = await run(stage.work)
     assert isinstance(error, StoreError), f"call {at} failed, and step {STEPS[min(done, len(STEPS) - 1)].name} went on"
     if fault.crash:
@@ -104,21 +111,21 @@ async def _interrupt(encrypted: bool, at: int, fault: Fault, kept: list[dict[str
     await stage.work.pond.close()
 
 
-@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("kind", ["plain", "encrypted", "objects", "objects-encrypted"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_nothing_is_lost_or_half_done(fault: str, encrypted: bool) -> None:
-    kept, calls = _reference(encrypted)
+def test_nothing_is_lost_or_half_done(fault: str, kind: str) -> None:
+    kept, calls = _reference(kind)
     points = [number for number, call in enumerate(calls, 1) if call.changing or fault == "fail-before"]
     assert len(points) > len(STEPS) - 5
     for at in points:
         try:
-            asyncio.run(_interrupt(encrypted, at, FAULTS[fault](), kept))
+            asyncio.run(_interrupt(kind, at, FAULTS[fault](), kept))
         except AssertionError as error:
             raise AssertionError(f"{fault} at call {at} ({calls[at - 1].method}): {error}") from error
 
 
 def test_the_workload_does_what_it_is_for() -> None:
-    kept, calls = _reference(encrypted=False)
+    kept, calls = _reference("plain")
     assert {"write", "commit", "write_blob", "sweep"} <= {call.method for call in calls}
     ends = {how for models in kept for model in models.values() for how in model.gone.values()}
     assert ends == {"acked", "purged", "expired"}

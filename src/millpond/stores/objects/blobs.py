@@ -31,7 +31,7 @@ class Blobs:
         engine = self._engine
         name = names.blob(namespace, queue, id, now, engine.ids.random(CHANCE_BYTES))
         path = names.blobs_prefix(namespace, queue) + name
-        size = await engine.bucket.upload(path, chunks)
+        size = await engine.exchange.upload(path, chunks)
         self._written[path] = engine.now()
         if len(self._written) > WRITTEN:
             self._written.popitem(last=False)

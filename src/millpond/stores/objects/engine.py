@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple
 
 import msgspec
@@ -163,13 +163,8 @@ class Engine:
     @asynccontextmanager
     async def listing(self, prefix: str, after: str | None = None) -> AsyncIterator[AsyncIterator[list[Entry]]]:
         """The pages of a listing, which may be left before their end."""
-        pages = self.bucket.list(prefix, after=after)
-        try:
+        async with aclosing(self.exchange.pages(prefix, after)) as pages:
             yield pages
-        finally:
-            closing = getattr(pages, "aclose", None)
-            if closing is not None:
-                await closing()
 
     # Objects of messages
 

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import TypeVar
 
 from millpond.errors import StoreError
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
-from millpond.stores.objects.bucket import Bucket, Content, ObjectChanged, ObjectExists, OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import (
+    Bucket,
+    Content,
+    Entry,
+    Folder,
+    ObjectChanged,
+    ObjectExists,
+    OutcomeUnknown,
+    Tag,
+)
 from millpond.stores.objects.index import same
 
 log = logging.getLogger("millpond.stores.objects")
@@ -115,6 +125,61 @@ class Exchange:
     async def delete(self, path: str) -> None:
         """Remove an object that nobody can want any more, and whose name will not be used again."""
         await self._repeat(lambda: self.bucket.delete(path))
+
+    async def pages(self, prefix: str, after: str | None = None) -> AsyncGenerator[list[Entry], None]:
+        """A listing; after a lost reply it goes on where it was."""
+        attempt = 0
+        while True:
+            listing = self.bucket.list(prefix, after=after)
+            try:
+                async for page in listing:
+                    # Not every bucket keeps to the position.
+                    fresh = page if after is None else [entry for entry in page if entry.name > after]
+                    attempt = 0
+                    yield fresh
+                    if fresh:
+                        after = fresh[-1].name
+                return
+            except OutcomeUnknown:
+                self.unknown += 1
+                attempt += 1
+                if attempt == ATTEMPTS:
+                    raise
+                await self.pause(attempt - 1)
+            finally:
+                closing = getattr(listing, "aclose", None)
+                if closing is not None:
+                    await closing()
+
+    async def folder(self, prefix: str) -> Folder:
+        """One level of names."""
+        return await self._repeat(lambda: self.bucket.folder(prefix))
+
+    async def delete_many(self, paths: list[str]) -> None:
+        """As `delete`, of several."""
+        await self._repeat(lambda: self.bucket.delete_many(paths))
+
+    async def upload(self, path: str, chunks: AsyncIterator[bytes]) -> int:
+        """Stream an object in under a name that was never used; its size. What ``chunks`` raises goes on.
+
+        Raises OutcomeUnknown where a listing does not show it, whole, after a lost reply."""
+        sent = 0
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal sent
+            async for chunk in chunks:
+                sent += len(chunk)
+                yield chunk
+
+        try:
+            return await self.bucket.upload(path, counted())
+        except OutcomeUnknown:
+            self.unknown += 1
+            async with aclosing(self.pages(path)) as pages:
+                async for page in pages:
+                    if any(entry.name == path and entry.size == sent for entry in page):
+                        return sent
+            raise
 
     async def _repeat(self, request: Callable[[], Awaitable[T]]) -> T:
         for attempt in range(ATTEMPTS):

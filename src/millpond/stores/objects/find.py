@@ -62,7 +62,7 @@ class Finder:
     async def direct(self, namespace: str, queue: str, id: str) -> NewRecord | None:
         """A message whose id is its key: such names begin with the id."""
         prefix = names.box_prefix(namespace, queue, Box.LIVE)
-        lanes = (await self._engine.bucket.folder(prefix)).folders
+        lanes = (await self._engine.exchange.folder(prefix)).folders
         start = names.key_prefix(names.id_number(id))
         for begins in [f"{prefix}{names.last_part(lane)}/" for lane in lanes] + [
             names.box_prefix(namespace, queue, Box.DEAD)

@@ -82,8 +82,9 @@ class Listing:
 
     async def pages(self, namespace: str, queue: str, box: Box) -> AsyncGenerator[list[Seen], None]:
         """A whole box, page by page."""
-        async for page in self._engine.bucket.list(names.box_prefix(namespace, queue, box)):
-            yield self.parse(page, box)
+        async with self._engine.listing(names.box_prefix(namespace, queue, box)) as pages:
+            async for page in pages:
+                yield self.parse(page, box)
 
     # How messages stand
 

@@ -30,7 +30,7 @@ class Reader:
         prefix = names.box_prefix(namespace, queue, box)
         starts = [prefix]
         if box is Box.LIVE:
-            lanes = (await self._engine.bucket.folder(prefix)).folders
+            lanes = (await self._engine.exchange.folder(prefix)).folders
             starts = [f"{prefix}{names.last_part(lane)}/" for lane in lanes]
         async with AsyncExitStack() as stack:
             streams = [await stack.enter_async_context(aclosing(self._from(start, box, after))) for start in starts]
@@ -132,11 +132,11 @@ class Reader:
 
     async def everywhere(self) -> builtins.list[QueueName]:
         """Every queue of which there is any object."""
-        bucket = self._engine.bucket
+        exchange = self._engine.exchange
         found = []
-        for namespace in (await bucket.folder(names.QUEUES)).folders:
+        for namespace in (await exchange.folder(names.QUEUES)).folders:
             short = names.last_part(namespace)
-            below = await bucket.folder(f"{names.QUEUES}{short}/")
+            below = await exchange.folder(f"{names.QUEUES}{short}/")
             found += [QueueName(short, names.last_part(queue)) for queue in below.folders]
         return sorted(found)
 
@@ -145,7 +145,7 @@ class Reader:
         return [name for name in await self.everywhere() if await self._holds_something(name)]
 
     async def _holds_something(self, name: QueueName) -> bool:
-        inside = await self._engine.bucket.folder(names.folder(*name))
+        inside = await self._engine.exchange.folder(names.folder(*name))
         if any(entry.name == names.policy(*name) for entry in inside.entries):
             return True
         return any(names.last_part(folder) in ("m", "d") for folder in inside.folders)

@@ -67,7 +67,7 @@ class Lanes:
             first = second or first
         self._pages = pages
         self._last = first[-1].name[len(self._prefix)]
-        for lane in (await self._engine.bucket.folder(self._prefix)).folders:
+        for lane in (await self._engine.exchange.folder(self._prefix)).folders:
             self._there.setdefault(names.last_part(lane), [])
 
     def _add(self, page: list[Entry]) -> None:
@@ -205,6 +205,8 @@ class _Search:
         for head in heads:
             self._rank(head, waiting)
         async for page in pages:
+            if not page:
+                continue
             due = [seen for seen in page if seen.name.time <= self._now + SLACK]
             for start in range(0, len(due), SLICE):
                 part = due[start : start + SLICE]

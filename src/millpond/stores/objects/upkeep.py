@@ -48,7 +48,7 @@ class Upkeep:
         self._until: OrderedDict[str, tuple[Tag, int]] = OrderedDict()
 
     async def _list(self, prefix: str) -> list[Entry]:
-        return [entry async for page in self._engine.bucket.list(prefix) for entry in page]
+        return [entry async for page in self._engine.exchange.pages(prefix) for entry in page]
 
     async def sweep(self, now: int, older_than: int, limit: int) -> int:
         """Remove payloads without a record, unique keys that have ended, and (not counted) markers and pointers whose
@@ -74,7 +74,7 @@ class Upkeep:
             coming = await self._coming(queues)
             gone = [path for _, path, _ in orphans if path not in coming][:limit]
             for start in range(0, len(gone), _BATCH):
-                await self._engine.bucket.delete_many(gone[start : start + _BATCH])
+                await self._engine.exchange.delete_many(gone[start : start + _BATCH])
             for path in gone:
                 self._blobs.swept(path)
             ended += len(gone)
@@ -85,7 +85,7 @@ class Upkeep:
         present: dict[str, list[str]] = {}
         # A message may go from one box to the other meanwhile: in this order it is met in one of them.
         for box in (Box.DEAD, Box.LIVE, Box.DEAD):
-            async for page in self._engine.bucket.list(names.box_prefix(*name, box)):
+            async for page in self._engine.exchange.pages(names.box_prefix(*name, box)):
                 for entry in page:
                     if records.form(entry.size).kind != Kind.GONE:
                         parts = names.last_part(entry.name).split("-")
