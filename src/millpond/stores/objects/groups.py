@@ -142,9 +142,10 @@ class Groups:
         pointer = records.decode(Pointer, content.data, path)
         if not pointer.going and not await self._has_left(names.of_place(namespace, queue, pointer.place)):
             return False
+        in_time = self._engine.limit(GOING // 2)
         result = await self._engine.exchange.swap(path, self._encode(pointer.place, going=True), content.tag)
         if not isinstance(result, Tag):
             return False
         self._known.pop((namespace, queue, names.last_part(path)), None)
-        await self._engine.exchange.delete_once(path)
-        return True
+        # Where the reply took long, others may be about to move it on: it is left to the next sweep.
+        return await self._engine.exchange.delete_once(path, in_time)
