@@ -34,6 +34,7 @@ GROUPS = {
     "Queues": ("Queue", "DeadLetters", "QueuePolicy", "QueueCounts", "EnqueueOptions", "Receipt", "Answer"),
     "Messages": ("Message", "Lease", "MessageState", "MessageView"),
     "Without asyncio": ("SyncQueue", "SyncDeadLetters", "SyncMessage", "SyncMessageState", "SyncMessageView"),
+    "Requests and their cost": ("PondRequests", "QueueRequests", "Requests"),
     "Payloads": ("json", "msgpack", "text", "Payload"),
 }
 """Every name of ``millpond.__all__`` but the errors and ``__version__``; `page` refuses to leave one out."""

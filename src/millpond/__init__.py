@@ -25,10 +25,13 @@ _WHERE = {
     "MessageView": "message",
     "Payload": "service.payloads",
     "Pond": "pond",
+    "PondRequests": "requests",
     "Queue": "queue",
     "QueueCounts": "queue",
     "QueuePolicy": "service.config",
+    "QueueRequests": "requests",
     "Receipt": "queue",
+    "Requests": "stores.base",
     "SyncDeadLetters": "sync",
     "SyncMessage": "sync",
     "SyncMessageState": "sync",
@@ -88,8 +91,10 @@ if TYPE_CHECKING:
     from millpond.message import Lease, Message, MessageState, MessageView
     from millpond.pond import Pond, connect
     from millpond.queue import Answer, DeadLetters, Queue, QueueCounts, Receipt
+    from millpond.requests import PondRequests, QueueRequests
     from millpond.service.config import Config, EnqueueOptions, QueuePolicy
     from millpond.service.payloads import Payload, json, msgpack, text
+    from millpond.stores.base import Requests
     from millpond.sync import (
         SyncDeadLetters,
         SyncMessage,
@@ -136,10 +141,13 @@ __all__ = [
     "Payload",
     "PayloadNotLoaded",
     "Pond",
+    "PondRequests",
     "Queue",
     "QueueCounts",
     "QueuePolicy",
+    "QueueRequests",
     "Receipt",
+    "Requests",
     "StateConflict",
     "StoreBusy",
     "StoreClosed",

@@ -15,6 +15,7 @@ from millpond.model import names
 from millpond.model.clock import Clock, CorrectedClock, SystemClock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.queue import Queue
+from millpond.requests import PondRequests, since, snapshot
 from millpond.service.collector import Collected, collect
 from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
@@ -138,6 +139,8 @@ class Pond:
             max_consumers=config.max_consumers,
             page_size=max(config.page_size, config.ready_page_size),
             watch_factory=watch_factory_from_storage(store),
+            partial_watch=store.capabilities.reach is Reach.NETWORK,
+            thrifty=store.capabilities.requests_cost_money,
         )
         self.service.on_ready = self.dispatcher.ready
         self.service.on_due = self.dispatcher.due
@@ -147,6 +150,7 @@ class Pond:
         """Which opened it; tasks, threads and connections stay behind when another forks off."""
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
+        self._requests_before = snapshot({}, {})
 
     async def open(self) -> Pond:
         """Open the store; `async with` does it. Raises StoreError."""
@@ -200,23 +204,31 @@ class Pond:
         """A queue by its name; no I/O. Raises InvalidQueue."""
         return Queue(self.service, self.dispatcher, name, namespace)
 
+    async def notify(self, queue: str, *, namespace: str | None = None) -> None:
+        """As `Queue.notify`, for a queue by its name. Raises InvalidQueue."""
+        await self.queue(queue, namespace=namespace).notify()
+
     async def queues(self) -> list[QueueName]:
         """Every queue in the store, by namespace and name."""
         return await self.service.list_queues()
 
     async def collect(self) -> Collected:
-        """One pass of the collector, which otherwise runs every ``collect_interval`` seconds: settles expired messages,
-        removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
+        """One pass of the collector, which otherwise runs every `Config.collect_interval` seconds: settles expired
+        messages, removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
         return await collect(self.service)
 
     def _schedule_collection(self) -> None:
         # Spread by a random part, so that processes started together do not all sweep at once.
-        interval = self.config.collect_interval * (0.75 + self.ids.below(500) / 1000)
+        interval = self.config.collecting(self.service.costs) * (0.75 + self.ids.below(500) / 1000)
         self._collect_timer = self.clock.call_later(interval, self._start_collection)
 
     def _start_collection(self) -> None:
         if self._closed:
             return
+        if self.service.costs and not self.service.looked:
+            self._schedule_collection()  # This pond only produces, or does nothing: it is to cost nothing either.
+            return
+        self.service.looked = False
 
         async def run() -> None:
             try:
@@ -333,14 +345,40 @@ class Pond:
             raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
         return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
 
+    def requests(self) -> PondRequests:
+        """The requests that this pond has made, where its store charges for them, in total, per queue, and per message
+        acked; empty for other stores. Since it was opened, or since `reset_requests`. Asks the store nothing."""
+        return since(snapshot(self.store.requests(), self.service.acks), self._requests_before)
+
+    def reset_requests(self) -> None:
+        """Count `requests` from now on."""
+        self._requests_before = snapshot(self.store.requests(), self.service.acks)
+
     def statistics(self) -> dict[str, Any]:
-        """Counters of the store, the ready caches and the dispatcher, for operators."""
+        """Counters of the store, the ready caches and the dispatcher, and of requests where the store charges for them;
+        for operators."""
         import msgspec
 
+        requests = self.requests()
+        total = requests.total
+        counted: dict[str, Any] = {}
+        if total.total:
+            counted = {
+                **msgspec.structs.asdict(total),
+                "acknowledged": requests.acknowledged,
+                "queues": {
+                    f"{namespace}/{queue}": {
+                        **msgspec.structs.asdict(one.requests),
+                        "acknowledged": one.acknowledged,
+                    }
+                    for (namespace, queue), one in requests.queues.items()
+                },
+            }
         return {
             "store": self.store.statistics(),
             "ready_cache": msgspec.structs.asdict(self.service.ready_cache_stats()),
             "dispatcher": {"polls": self.dispatcher.polls},
+            "requests": counted,
         }
 
 

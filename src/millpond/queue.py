@@ -209,7 +209,10 @@ class Queue:
         ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
         service = self._service
         patience = milliseconds(wait, "wait") / 1000
-        deliveries = await service.claim(self.namespace, self.name, count, visibility=visibility, owner=owner)
+        left = patience > 0 and self._dispatcher.looks_after(self.namespace, self.name)
+        deliveries = await service.claim(
+            self.namespace, self.name, count, visibility=visibility, owner=owner, check_only=left
+        )
         if not deliveries and patience:
             deliveries = await self._wait(count, patience, visibility, owner)
         return [Message(service, delivery) for delivery in deliveries]
@@ -258,6 +261,13 @@ class Queue:
         id = names.message_id(message_id)
         return Message(self._service, Delivery(self.namespace, self.name, id, lease_id, token))
 
+    async def notify(self) -> None:
+        """Tell this process that the queue may have changed: who waits looks at once instead of at the next poll. For
+        what is told from outside Millpond, as by a bucket's notifications. Costs nothing while nobody waits; spurious
+        and repeated calls cost a look at most."""
+        self._service.foreign_change(self.namespace, self.name)
+        self._dispatcher.notify(self.namespace, self.name)
+
     # Operators
 
     async def counts(self) -> QueueCounts:
@@ -289,8 +299,9 @@ class Queue:
         return await self._service.purge(self.namespace, self.name)
 
     async def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat. It may come before the
-        first message: the queue is then there by its policy."""
+        """Hand nothing out until `resume`, in every process within a second (a minute where requests cost money, see
+        `Config.policy_max_age`). Safe to repeat. It may come before the first message: the queue is then there by its
+        policy."""
         await self._service.pause(self.namespace, self.name)
 
     async def resume(self) -> None:

@@ -11,6 +11,7 @@ from millpond.errors import MillpondError
 from millpond.message import Lease
 from millpond.model.clock import Clock
 from millpond.queue import Answer, QueueCounts, Receipt
+from millpond.requests import PondRequests
 from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
@@ -342,6 +343,11 @@ class SyncQueue:
         """A message held by this lease, to be answered from here: for answers that arrive by another way than the
         delivery (a command line, a web request). Nothing is read; a wrong lease shows in the answer."""
 
+    def notify(self) -> None:
+        """Tell this process that the queue may have changed: who waits looks at once instead of at the next poll. For
+        what is told from outside Millpond, as by a bucket's notifications. Costs nothing while nobody waits; spurious
+        and repeated calls cost a look at most."""
+
     def counts(self) -> QueueCounts:
         """How the queue stands now; costs the same however long it is."""
 
@@ -359,8 +365,9 @@ class SyncQueue:
         """Remove every live message that no consumer holds; how many. Dead letters stay."""
 
     def pause(self) -> None:
-        """Hand nothing out until `resume`, in every process within a second. Safe to repeat. It may come before the
-        first message: the queue is then there by its policy."""
+        """Hand nothing out until `resume`, in every process within a second (a minute where requests cost money, see
+        `Config.policy_max_age`). Safe to repeat. It may come before the first message: the queue is then there by its
+        policy."""
 
     def resume(self) -> None:
         """Hand out again. Safe to repeat."""
@@ -387,12 +394,15 @@ class PondCalls:
     def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
 
+    def notify(self, queue: str, *, namespace: str | None = ...) -> None:
+        """As `Queue.notify`, for a queue by its name. Raises InvalidQueue."""
+
     def queues(self) -> builtins.list[QueueName]:
         """Every queue in the store, by namespace and name."""
 
     def collect(self) -> Collected:
-        """One pass of the collector, which otherwise runs every ``collect_interval`` seconds: settles expired messages,
-        removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
+        """One pass of the collector, which otherwise runs every `Config.collect_interval` seconds: settles expired
+        messages, removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
 
     def verify(self) -> builtins.list[Problem]:
         """Check the store's integrity, that every record can be read and that every payload is what was enqueued; []
@@ -414,5 +424,13 @@ class PondCalls:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
         to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
 
+    def requests(self) -> PondRequests:
+        """The requests that this pond has made, where its store charges for them, in total, per queue, and per message
+        acked; empty for other stores. Since it was opened, or since `reset_requests`. Asks the store nothing."""
+
+    def reset_requests(self) -> None:
+        """Count `requests` from now on."""
+
     def statistics(self) -> dict[str, Any]:
-        """Counters of the store, the ready caches and the dispatcher, for operators."""
+        """Counters of the store, the ready caches and the dispatcher, and of requests where the store charges for them;
+        for operators."""

@@ -31,6 +31,7 @@ NOT_RUN = {
     "docs/guides/consuming.md": 0,
     "docs/guides/dead-letters.md": 0,
     "docs/guides/large-payloads.md": 0,
+    "docs/guides/requests.md": 0,
     "docs/guides/testing.md": 0,
     "docs/guides/command-line.md": 2,
     "docs/production/checklist.md": 0,

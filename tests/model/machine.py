@@ -737,6 +737,9 @@ class ObjectsMachine(Machine):
             inline_limit=INLINE,
             measure_skew=False,
             fenced_removals=self.fenced,
+            # Leases here last ten seconds; and what is ready must come in order.
+            margin=2000,
+            spread=False,
             random_bytes=chance.randbytes,
         )
 

@@ -16,10 +16,10 @@ from millpond import errors
 ROOT = Path(__file__).parents[2]
 
 CONTRACT: dict[str, set[str]] = {
-    "Pond": {"queue", "queues", "collect", "verify", "rekey", "statistics", "close"},
+    "Pond": {"queue", "queues", "collect", "verify", "rekey", "statistics", "requests", "notify", "close"},
     "Queue": {
         *("name", "namespace", "enqueue", "enqueue_many", "receive", "ack_many", "nack_many", "extend_many"),
-        *("counts", "peek", "get", "handle", "purge", "pause", "resume", "policy", "set_policy"),
+        *("counts", "peek", "get", "handle", "purge", "pause", "resume", "policy", "set_policy", "notify"),
     },
     "Message": {
         *("id", "queue", "namespace", "payload", "read", "stream", "text", "json", "decode"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -117,12 +117,16 @@ def queues(settings: Settings) -> None:
 
 @click.command(cls=Command)
 @queue_argument(required=False)
+@option("--cost", is_flag=True, help="Add what messages cost where the store charges for requests.")
 @pass_settings
-def stats(settings: Settings, queue: str | None) -> None:
+def stats(settings: Settings, queue: str | None, cost: bool) -> None:
     """Count the messages of QUEUE, or of every queue.
 
     blocked waits for an earlier message of its ordering key; bytes are payload bytes waiting or held; oldest is for how
     long the first of the ready ones has waited. -v adds the store's own counters.
+
+    --cost says what a message costs by design, and what this command itself asked for. What your workers really take
+    is measured in them: `millpond work --cost`, or Pond.requests. Prices are list prices; the output says of when.
     """
 
     async def look(pond: Pond) -> None:
@@ -141,6 +145,8 @@ def stats(settings: Settings, queue: str | None) -> None:
                 output.record(record)
             if settings.verbose:
                 output.record({"store": pond.statistics()})
+            if cost:
+                output.record({"cost": _cost(pond)})
             return
         columns = ("namespace", "queue", "ready", "delayed", "leased", "blocked", "dead", "bytes")
         if found:
@@ -159,8 +165,34 @@ def stats(settings: Settings, queue: str | None) -> None:
         if settings.verbose:
             output.line()
             output.block(pond.statistics())
+        if cost:
+            _show_cost(output, pond)
 
     settings.run(look, existing=True)
+
+
+def _cost(pond: Pond) -> dict[str, Any] | None:
+    from millpond.cli import cost
+
+    measured = cost.measured(pond, pond.requests())
+    if measured is None:
+        return None
+    return {"prices": cost.prices(pond), "computed": cost.computed(pond), "measured": measured}
+
+
+def _show_cost(output: Output, pond: Pond) -> None:
+    from millpond.cli import cost
+
+    report = _cost(pond)
+    if report is None:
+        output.note(cost.NOTHING_TO_PAY)
+        return
+    output.line()
+    if report["computed"] is not None:
+        for line in cost.computed_lines(report["computed"], report["prices"]):
+            output.line(line)
+    for line in cost.measured_lines(report["measured"], report["prices"]):
+        output.line(f"this command, {line}")
 
 
 @click.command(cls=Command)

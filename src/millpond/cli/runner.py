@@ -37,6 +37,8 @@ IDLE_WAIT = 60.0
 """Seconds of one wait for messages; only how often a waiting ``work`` turns over in its sleep."""
 EMPTY_CHECK = 0.25
 """Seconds between looks at a queue that ``--until-empty`` cannot leave yet: another consumer's ack wakes nobody."""
+PAID_CHECK = 30.0
+"""The same where looks cost money, once they have been in vain for a while; the seconds double up to it."""
 STORE_PAUSE = 5.0
 """Longest pause before the store is tried again after a passing error."""
 MAX_ARGUMENT = 128 * 1024 - 1
@@ -110,6 +112,8 @@ class Runner:
             **({"MILLPOND_STORE": plan.store} if plan.store else {}),
         }
         self._uses_argument = bool(plan.replace) and any(plan.replace in part for part in plan.command)
+        self._in_vain = 0
+        """Looks in a row at a queue that is not empty and has nothing to take."""
         self.tally = Tally()
         self.signals: list[int] = []
         """The stops asked for, in order."""
@@ -177,6 +181,7 @@ class Runner:
             for message in messages:
                 self._start(message)
             if messages:
+                self._in_vain = 0
                 wait = 0.0 if self._plan.until_empty else IDLE_WAIT
             elif self._plan.until_empty:
                 patience = await self._patience()
@@ -232,17 +237,27 @@ class Runner:
         delayed longer than a retry ever is was scheduled for later, and a run to the end does not wait for it.
         """
         if self._tasks:
-            return EMPTY_CHECK
+            return self._recheck()
         if (await self._queue.policy()).paused:
             await self._display.note(f"queue {self._queue.name} is paused")
             return None
         counts = await self._queue.counts()
         if counts.ready or counts.leased:
-            return EMPTY_CHECK
+            return self._recheck()
         due = await self._queue.next_due()
         if due is not None and due <= self._plan.max_backoff:
-            return EMPTY_CHECK
+            return max(due, EMPTY_CHECK) if self._paying else EMPTY_CHECK
         return None
+
+    @property
+    def _paying(self) -> bool:
+        return self._pond.store.capabilities.requests_cost_money
+
+    def _recheck(self) -> float:
+        if not self._paying:
+            return EMPTY_CHECK
+        self._in_vain += 1
+        return min(PAID_CHECK, EMPTY_CHECK * (1 << min(self._in_vain, 10)))
 
     async def _pause(self, seconds: float) -> None:
         done = asyncio.Event()

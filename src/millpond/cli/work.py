@@ -26,6 +26,8 @@ REDRAW = 0.2
 """Seconds between progress lines: fast enough to look alive, slow enough to read."""
 RECOUNT = 5
 """Progress lines per look at what is left in the queue."""
+PAID_RECOUNT = 300
+"""The same where looks cost money: once a minute."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 
@@ -44,8 +46,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(sig
 @option("--replace", "-I", metavar="TEXT", default="{}", help="What stands for the payload; empty for nothing.")
 @option("--owner", help="A name for the holder of the leases; default host and process.")
 @option("--fail-dead", is_flag=True, help="Exit with code 3 when a message was given up for good.")
+@option("--cost", is_flag=True, help="Say at the end what it took and cost, where the store charges for requests.")
 @pass_settings
-def work(settings: Settings, /, queue: str, command: tuple[str, ...], fail_dead: bool, **plan: Any) -> None:
+def work(settings: Settings, /, queue: str, command: tuple[str, ...], fail_dead: bool, cost: bool, **plan: Any) -> None:
     """Run COMMAND for each message of QUEUE: a durable xargs.
 
     The payload is the command's stdin; {} in an argument is replaced by it (where it is UTF-8 without NUL and short
@@ -91,7 +94,7 @@ def work(settings: Settings, /, queue: str, command: tuple[str, ...], fail_dead:
                 await _watched(runner, target, display, pond)
         finally:
             await display.close()
-            _summary(settings, target, runner.tally)
+            _summary(settings, target, runner.tally, pond if cost else None)
         return _code(runner, endless=not chosen.until_empty and chosen.limit is None, fail_dead=fail_dead)
 
     if code := settings.run(session):
@@ -129,11 +132,12 @@ async def _watched(runner: Runner, queue: Queue, display: Display, pond: Pond) -
         await runner.run()
         return
     began = pond.clock.monotonic()
+    recount = PAID_RECOUNT if pond.store.capabilities.requests_cost_money else RECOUNT
 
     async def show() -> None:
         left, round = 0, 0
         while True:
-            if round % RECOUNT == 0:
+            if round % recount == 0:
                 with suppress(StoreError):  # the runner meets it too, and tells; the last figure stays
                     counts = await queue.counts()
                     left = counts.ready + counts.delayed + counts.blocked
@@ -160,12 +164,19 @@ def progress_text(tally: Tally, running: int, left: int, seconds: float) -> str:
     return " · ".join(parts)
 
 
-def _summary(settings: Settings, queue: Queue, tally: Tally) -> None:
+def _summary(settings: Settings, queue: Queue, tally: Tally, paying: Pond | None) -> None:
+    """``paying``: whose requests are to be told, too."""
     from dataclasses import asdict
 
     output = settings.output()
     if settings.json:
-        output.record({"namespace": queue.namespace, "queue": queue.name, **asdict(tally)})
+        fields = {"namespace": queue.namespace, "queue": queue.name, **asdict(tally)}
+        if paying is not None:
+            from millpond.cli import cost
+
+            measured = cost.measured(paying, paying.requests())
+            fields["cost"] = None if measured is None else {"prices": cost.prices(paying), "measured": measured}
+        output.record(fields)
         return
     rate = f", {tally.acked / tally.seconds:.1f} acked a second" if tally.acked and tally.seconds > 0 else ""
     failed = f"{tally.nacked} failed" + (f" ({tally.dead} for good)" if tally.dead else "")
@@ -174,6 +185,13 @@ def _summary(settings: Settings, queue: Queue, tally: Tally) -> None:
     )
     time = format_duration(tally.seconds)
     output.note(f"{queue.name}: {tally.taken} taken, {tally.acked} acked, {failed}{more} in {time}{rate}")
+    if paying is not None:
+        from millpond.cli import cost
+
+        measured = cost.measured(paying, paying.requests())
+        lines = [cost.NOTHING_TO_PAY] if measured is None else cost.measured_lines(measured, cost.prices(paying))
+        for line in lines:
+            output.note(line)
 
 
 def _code(runner: Runner, *, endless: bool, fail_dead: bool) -> int:

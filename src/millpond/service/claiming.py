@@ -61,18 +61,22 @@ class Claiming(Consuming):
         owner: str | None = None,
         txn_id: str | None = None,
         candidates: Sequence[Record] = (),
+        check_only: bool = False,
     ) -> list[Delivery]:
         """Lease up to ``limit`` ready messages, in order of priority and due time; [] when none is ready.
 
-        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``visibility`` in seconds overrides
-        the messages' own for these deliveries. Messages whose time or budget is over are settled on the way. Raises
-        InvalidQueue, InvalidInput, StoreError; a claim that is cancelled gives back what it had leased.
+        ``candidates`` (from `next_candidate` or the dispatcher) are tried first. ``check_only``: nothing is leased, but
+        the arguments are checked. ``visibility`` in seconds overrides the messages' own for these deliveries. Messages
+        whose time or budget is over are settled on the way. Raises InvalidQueue, InvalidInput, StoreError; a claim that
+        is cancelled gives back what it had leased.
         """
         key = self.key(namespace, queue)
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
         owner, txn_id = short_text(owner, "owner"), short_text(txn_id, "txn_id")
         if limit.__class__ is not int or limit < 1:
             raise InvalidInput(f"count must be a whole number, at least one, not {limit!r}")
+        if check_only:
+            return []
         cache = self.cache(key)
         defaults = self.defaults_at_hand(key)
         try:
@@ -213,10 +217,13 @@ class Claiming(Consuming):
             taken: list[Record] = []
             try:
                 now = self.clock.now_ms()
+                shared = False
                 if not waiting and cache.wants_refill(now, self.clock.monotonic()):
-                    await self.refill(key)
+                    shared = not await self.refill(key, limit - len(deliveries))
                 taken = self.pop_candidates(cache, waiting, limit - len(deliveries), now)
                 if not taken:
+                    if shared and cache.more:
+                        continue  # Others were faster at what was read for them.
                     break
                 lost = await self._lease(cache, taken, grant, deliveries)
             except StoreError:

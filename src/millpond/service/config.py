@@ -47,8 +47,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptors kept per queue; what bounds memory under any backlog."""
     ready_page_size: int = 512
     """Descriptors fetched by one refill: large enough to share the read, small enough not to hold up the loop."""
-    policy_max_age: float = 1.0
-    """How old this process's copy of a queue's policy may be; another process's pause takes effect within it."""
+    thrifty_page_size: int = 32
+    """The same where requests cost money, unless more are wanted at once: enough to share the listing, and few enough
+    that processes side by side do not all pay for reading the same messages."""
+    policy_max_age: float | None = None
+    """How old this process's copy of a queue's policy may be; another process's pause takes effect within it. None: a
+    second, or a minute where requests cost money."""
     orphan_age: float = 3600.0
     """Payloads without a record are collected when older than this; an upload must finish within it."""
     poll_interval: float = 3.0
@@ -57,23 +61,33 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     resilient_poll_interval: float = 300.0
     max_consumers: int = 4096
     page_size: int = 32
-    collect_interval: float = 30.0
-    """Seconds between the collector's passes (expired messages, orphans)."""
+    collect_interval: float | None = None
+    """Seconds between the collector's passes (expired messages, orphans). None: 30, or 3,600 where requests cost money;
+    there only a pond that has consumed since the last pass makes another."""
 
     def __post_init__(self) -> None:
         for name in (
-            *("default_visibility", "default_dedup_window", "policy_max_age", "orphan_age", "collect_interval"),
+            *("default_visibility", "default_dedup_window", "orphan_age"),
             *("poll_interval", "poll_max_interval", "resilient_poll_interval"),
         ):
             _duration(name, getattr(self, name))
         _duration("poll_jitter", self.poll_jitter, zero=True)
-        if self.default_ttl is not None:
-            _duration("default_ttl", self.default_ttl)
+        for name in ("default_ttl", "policy_max_age", "collect_interval"):
+            if getattr(self, name) is not None:
+                _duration(name, getattr(self, name))
         _whole("default_max_attempts", self.default_max_attempts, 0, MAX_ATTEMPTS)
         for name in ("max_payload_bytes", "max_attributes_bytes", "max_error_bytes", "max_state_bytes"):
             _whole(name, getattr(self, name), 0)
-        for name in ("ready_cache_size", "ready_page_size", "max_consumers", "page_size"):
+        for name in ("ready_cache_size", "ready_page_size", "thrifty_page_size", "max_consumers", "page_size"):
             _whole(name, getattr(self, name), 1)
+
+    def policy_age(self, costs: bool) -> float:
+        """`policy_max_age`, where requests cost money or do not."""
+        return (60.0 if costs else 1.0) if self.policy_max_age is None else self.policy_max_age
+
+    def collecting(self, costs: bool) -> float:
+        """`collect_interval`, where requests cost money or do not."""
+        return (3600.0 if costs else 30.0) if self.collect_interval is None else self.collect_interval
 
 
 class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):

@@ -129,7 +129,7 @@ class Consuming(Producing):
 
         def done(outcome: Outcome) -> None:
             delivery.record = None
-            self.gone(record.item)
+            self.acked(record.item)
 
         return Plan(Remove(record.item, record.mark), done)
 
@@ -145,7 +145,7 @@ class Consuming(Producing):
             outcomes = await self.write((Remove(record.item, record.mark),))
             delivery.record = None
             if outcomes[0].__class__ is not Conflict:
-                self.gone(record.item)
+                self.acked(record.item)
                 return []
         await self._answer(delivery, lambda record: self._ack_plan(delivery, record))
         return []
@@ -172,7 +172,7 @@ class Consuming(Producing):
                 refused.append(index)
             else:
                 gone.append(ops[index].item)
-        self.gone_many(gone)
+        self.acked_many(gone)
         results: list[MillpondError | None] = [None] * len(deliveries)
         if refused:
             again = await self._answer_many([deliveries[index] for index in refused], self._ack_plan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -20,7 +20,7 @@ from millpond.model.codec import decode_head, decode_status, encode
 from millpond.model.ids import IdSource
 from millpond.model.message import Status
 from millpond.service.config import Config, QueuePolicy, decode_policy, encode_policy, milliseconds
-from millpond.service.ready import ReadyCache, ReadyCacheStats, Record
+from millpond.service.ready import MAX_AGE, THRIFTY_AGE, ReadyCache, ReadyCacheStats, Record
 from millpond.stores.base import (
     Box,
     Conflict,
@@ -29,6 +29,7 @@ from millpond.stores.base import (
     Op,
     Outcome,
     PutDocument,
+    QueueName,
     Sealing,
     Store,
     Stored,
@@ -39,6 +40,8 @@ log = logging.getLogger("millpond.service")
 
 MAX_QUEUES = 10_000
 """Ready caches and policies kept at once; the least recently used go first, and cost one read to come back."""
+FRESH = 1.0
+"""Seconds after news of a queue in which its policy is read again, where reading it costs money."""
 ATTEMPTS = 64
 """How often a write that keeps losing to other writers is decided anew before the caller is told."""
 
@@ -61,6 +64,8 @@ class _Policy(msgspec.Struct):
     defaults: Defaults
     etag: str | None
     read_at: float
+    recheck: int | None = None
+    """When it is to be read again because of news (ms UTC)."""
 
 
 class Core:
@@ -80,6 +85,13 @@ class Core:
         """Told when something may have become ready in a queue (the dispatcher's notify)."""
         self.on_due: Callable[[str, str, int], object] = lambda namespace, queue, due: None
         """Told when something will become ready at a time (ms UTC)."""
+        self.costs = store.capabilities.requests_cost_money
+        """The store charges for what it is asked: then less is asked."""
+        self.looked = False
+        """The store was asked for what is ready. Set back by the pond."""
+        self._policy_age = config.policy_age(self.costs)
+        self.acks: Counter[QueueName] = Counter()
+        """Messages acked, per queue; counted where requests are to be set against them."""
         self._caches: OrderedDict[QueueKey, ReadyCache] = OrderedDict()
         self._policies: OrderedDict[QueueKey, _Policy] = OrderedDict()
         self._refills: dict[QueueKey, asyncio.Future[bool]] = {}
@@ -156,6 +168,7 @@ class Core:
             # Whoever looks meets the store's trouble himself.
             with contextlib.suppress(MillpondError):
                 await self.decided(*key)
+            self._policies.pop(key, None)
             self.foreign_change(*key)
             self.on_ready(*key)
 
@@ -167,7 +180,8 @@ class Core:
         if cache is None:
             while len(self._caches) >= MAX_QUEUES:
                 self._caches.popitem(last=False)
-            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size, asleep=self.takes)
+            age = THRIFTY_AGE if self.costs else MAX_AGE
+            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size, asleep=self.takes, max_age=age)
         else:
             self._caches.move_to_end(key)
         return cache
@@ -222,28 +236,46 @@ class Core:
                     cache.dry = False
                 self.on_ready(item.namespace, item.queue)
 
+    def acked(self, item: Item) -> None:
+        """As `gone`, for a message that was acked."""
+        self.acked_many((item,))
+
+    def acked_many(self, items: Sequence[Item]) -> None:
+        """As `acked`, for each."""
+        if self.costs:
+            self.acks.update(QueueName(item.namespace, item.queue) for item in items)
+        self.gone_many(items)
+
     def foreign_change(self, namespace: str, queue: str) -> None:
         """Somebody else changed the queue."""
         cache = self._caches.get((namespace, queue))
         if cache is not None:
             cache.dirty = True
             cache.dry = False
-        self._policies.pop((namespace, queue), None)
+        known = self._policies.get((namespace, queue)) if self.costs else None
+        if known is None:
+            self._policies.pop((namespace, queue), None)
+            return
+        # Of a busy queue every write is told; its policy is not to be paid for with each.
+        known.read_at = min(known.read_at, self.clock.monotonic() + FRESH - self._policy_age)
+        if known.recheck is None:
+            known.recheck = self.clock.now_ms() + round(FRESH * 1000)
 
-    async def refill(self, key: QueueKey) -> None:
-        """Ask the store what is ready. Callers at the same time share one read, and its error."""
+    async def refill(self, key: QueueKey, wanted: int = 1) -> bool:
+        """Ask the store what is ready. Callers at the same time share one read, and its error; whether it was the
+        caller's own, made for the number that it wanted."""
         while (under_way := self._refills.get(key)) is not None:
             started = self.clock.monotonic()
             self.stats.refresh_waits += 1
             try:
                 if await asyncio.shield(under_way):
-                    return
+                    return False
             finally:
                 self.stats.refresh_wait_nanos += int((self.clock.monotonic() - started) * 1e9)
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._refills[key] = future
         try:
-            while not await self._refill(key):
+            while not await self._refill(key, wanted):
                 pass
         except BaseException as error:
             if isinstance(error, Exception):
@@ -254,10 +286,11 @@ class Core:
             raise
         else:
             future.set_result(True)
+            return True
         finally:
             del self._refills[key]
 
-    async def _refill(self, key: QueueKey) -> bool:
+    async def _refill(self, key: QueueKey, wanted: int) -> bool:
         """One read. False when it met nothing but records that cannot be read, and there are more behind them."""
         cache = self.cache(key)
         now = self.clock.now_ms()
@@ -266,7 +299,11 @@ class Core:
         stats.inflight_clears += cache.release_overdue(now)
         if len(cache):
             stats.cursor_resets += 1
-        limit = min(self.config.ready_page_size, cache.capacity) + cache.inflight + len(cache.bad)
+        page_size = self.config.ready_page_size
+        if self.costs:
+            page_size = min(page_size, max(wanted, self.config.thrifty_page_size))
+        limit = min(page_size, cache.capacity) + cache.inflight + len(cache.bad)
+        self.looked = True
         # Cleared before the read: a change that arrives while it runs asks for another one.
         cache.dirty = False
         try:
@@ -327,7 +364,7 @@ class Core:
     def defaults_at_hand(self, key: QueueKey) -> Defaults | None:
         """The queue's policy and defaults if this process has a fresh copy."""
         entry = self._policies.get(key)
-        if entry is None or self.clock.monotonic() - entry.read_at >= self.config.policy_max_age:
+        if entry is None or self.clock.monotonic() - entry.read_at >= self._policy_age:
             return None
         return entry.defaults
 

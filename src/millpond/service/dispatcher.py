@@ -48,6 +48,9 @@ class Provider(Protocol):
 
     def next_due(self, namespace: str, queue: str) -> int | None: ...
 
+    def last_look(self, namespace: str, queue: str) -> float | None:
+        """When it was last asked without anything left (monotonic time); None when there is a reason to ask."""
+
 
 def _end(future: asyncio.Future[Any]) -> None:
     if not future.done():
@@ -69,8 +72,10 @@ class Stats(NamedTuple):
 class _QueueState:
     __slots__ = (
         "alarm",
+        "interval",
         "key",
         "linger",
+        "rest",
         "sleeper",
         "subscription",
         "task",
@@ -80,8 +85,12 @@ class _QueueState:
         "woken",
     )
 
-    def __init__(self, key: tuple[str, str]) -> None:
+    def __init__(self, key: tuple[str, str], interval: float) -> None:
         self.key = key
+        self.interval = interval
+        """Seconds until the poll after the next look that finds nothing."""
+        self.rest = interval
+        """Seconds from the last look to the next one."""
         self.waiters: OrderedDict[asyncio.Future[Record | None], None] = OrderedDict()
         self.task: asyncio.Task[None] | None = None
         self.woken = False
@@ -95,6 +104,10 @@ class _QueueState:
     def wake(self) -> None:
         """Look now. Any number of calls before the look are one."""
         self.woken = True
+        self.stir()
+
+    def stir(self) -> None:
+        """Let the task see for itself whether there is anything to do."""
         if self.sleeper is not None and not self.sleeper.done():
             self.sleeper.set_result(None)
 
@@ -122,11 +135,16 @@ class Dispatcher:
         max_consumers: int = 1000,
         page_size: int = 32,
         watch_factory: WatchFactory | None = None,
+        partial_watch: bool = False,
+        thrifty: bool = False,
         logger: logging.Logger | None = None,
     ) -> None:
         """Durations in seconds. ``poll_interval`` applies while nobody watches, doubling up to ``poll_max_interval``
-        while the queue stays empty; ``resilient_poll_interval`` while a watch is active. ``page_size`` bounds the
-        candidates fetched at once. Starts nothing. Raises InvalidInput for values out of range."""
+        while the queue stays empty; ``resilient_poll_interval`` while a watch is active, unless it is a
+        ``partial_watch``, which does not tell of everybody's changes. ``page_size`` bounds the candidates fetched at
+        once. ``thrifty``: looks cost money, so that who comes to wait does not cause one while the last is not older
+        than the interval; the interval then outlives the waits. Starts nothing. Raises InvalidInput for values out of
+        range."""
         if poll_interval <= 0 or poll_max_interval < poll_interval or resilient_poll_interval <= 0 or poll_jitter < 0:
             raise InvalidInput("poll intervals must be more than 0 seconds, the longest not below the first")
         if max_consumers < 1 or page_size < 1:
@@ -141,6 +159,9 @@ class Dispatcher:
         self._max_consumers = max_consumers
         self._page_size = page_size
         self._watch_factory = watch_factory
+        self._partial_watch = partial_watch
+        self._thrifty = thrifty
+        self._linger_for = max(LINGER, poll_max_interval) if thrifty else LINGER
         self._log = logger or logging.getLogger("millpond.dispatcher")
         self._states: dict[tuple[str, str], _QueueState] = {}
         self._timers: dict[tuple[str, str, str], TimerHandle] = {}
@@ -161,7 +182,7 @@ class Dispatcher:
         timer: TimerHandle | None = None
         state = self._states.get(key)
         if state is None:
-            state = self._states[key] = _QueueState(key)
+            state = self._states[key] = _QueueState(key, self._poll_interval)
         try:
             state.waiters[waiter] = None
             if timeout is not None:
@@ -169,7 +190,10 @@ class Dispatcher:
             if state.linger is not None:
                 state.linger.cancel()
                 state.linger = None
-            state.wake()
+            if self._thrifty:
+                state.stir()
+            else:
+                state.wake()
             if state.task is None:
                 state.task = asyncio.create_task(self._run(state), name=f"millpond dispatcher {key[0]}/{key[1]}")
             try:
@@ -187,7 +211,7 @@ class Dispatcher:
                 timer.cancel()
             state.waiters.pop(waiter, None)
             if not state.waiters:
-                state.wake()
+                state.stir()
 
     async def try_(self, namespace: str | None, queue: str) -> Candidate | None:
         """The next candidate if there is one now. Raises as `wait` does."""
@@ -198,6 +222,24 @@ class Dispatcher:
             return found[0] if found else None
         finally:
             self._consumers -= 1
+
+    def looks_after(self, namespace: str, queue: str) -> bool:
+        """Whether who comes to wait is to leave the first look to the dispatcher, too, for names that are known to be
+        good: looks cost money, somebody waits or has just waited, and nothing is at hand."""
+        return (
+            self._thrifty
+            and (namespace, queue) in self._states
+            and self._provider.last_look(namespace, queue) is not None
+        )
+
+    def _resting(self, state: _QueueState) -> bool:
+        """It is too early for another look: the last found nothing, and there have been no news."""
+        return self._thrifty and not state.woken and self._until_look(state) > 0
+
+    def _until_look(self, state: _QueueState) -> float:
+        """Seconds until the next look is due, whoever made the last one."""
+        last = self._provider.last_look(*state.key)
+        return 0.0 if last is None else last + state.rest - self._clock.monotonic()
 
     def _enter(self) -> None:
         if self._closed:
@@ -217,13 +259,18 @@ class Dispatcher:
         except (InvalidQueue, TypeError) as error:  # TypeError: not hashable, so no text.
             self._log.warning("millpond.dispatcher.bad_name", extra={"reason": str(error)})
             return
-        if state is not None and state.waiters:
-            state.wake()
+        if state is not None:
+            self._news(state)
 
     def ready(self, namespace: str, queue: str) -> None:
         """As `notify`, for names that are known to be good."""
         state = self._states.get((namespace, queue))
-        if state is not None and state.waiters:
+        if state is not None:
+            self._news(state)
+
+    def _news(self, state: _QueueState) -> None:
+        # Where waiters may rest without a look of their own, what comes while there is none is kept for the next.
+        if state.waiters or self._thrifty:
             state.wake()
 
     def due(self, namespace: str, queue: str, at: int) -> None:
@@ -304,10 +351,18 @@ class Dispatcher:
 
     async def _run(self, state: _QueueState) -> None:
         retry = FIRST_RETRY
-        interval = self._poll_interval
+        if not self._thrifty:
+            state.interval = self._poll_interval
+        looked: int | None = None
         try:
             while state.waiters:
                 self._watch(state)
+                if self._resting(state):
+                    await self._rest(state, self._until_look(state), looked)
+                    if not state.waiters:
+                        break
+                if state.woken:
+                    state.interval = self._poll_interval
                 state.woken = False
                 state.alarm = None
                 wanted = min(state.live_waiters(), self._page_size)
@@ -326,15 +381,14 @@ class Dispatcher:
                     retry = FIRST_RETRY
                     self._hand_out(state, found)
                 if found:
-                    interval = self._poll_interval
+                    state.interval = state.rest = self._poll_interval
                     if len(found) == wanted:
                         # Give the takers their turn before looking for the remaining waiters.
                         await asyncio.sleep(0)
                         continue
                 # An answer in part may have come from what the provider had at hand: what is due there is news still.
-                await self._rest(state, interval, None if found else looked)
-                if not state.watched:
-                    interval = min(interval * 2, self._poll_max_interval) if not state.woken else self._poll_interval
+                state.rest = self._next_rest(state)
+                await self._rest(state, state.rest, None if found else looked)
         finally:
             state.task = None
             if state.waiters and not self._closed:
@@ -343,6 +397,14 @@ class Dispatcher:
                     if not waiter.done():
                         waiter.set_exception(StoreError("the dispatcher of this queue stopped"))
             self._linger(state)
+
+    def _next_rest(self, state: _QueueState) -> float:
+        """Seconds to the next look after this one, if nothing happens; the one after that comes later still."""
+        if state.watched and not self._partial_watch:
+            return self._resilient_poll_interval
+        rest = state.interval
+        state.interval = min(state.interval * 2, self._poll_max_interval)
+        return rest + (self._poll_jitter * self._ids.below(1000) / 1000 if self._poll_jitter else 0.0)
 
     def _hand_out(self, state: _QueueState, found: list[Record]) -> None:
         for index, record in enumerate(found):
@@ -366,15 +428,12 @@ class Dispatcher:
                 waiter.set_exception(error)
                 return
 
-    async def _rest(self, state: _QueueState, interval: float, looked: int | None) -> None:
-        """Sleep until woken, until something is due, or for the poll interval.
+    async def _rest(self, state: _QueueState, rest: float, looked: int | None) -> None:
+        """Sleep until woken, until something is due, or for ``rest`` seconds.
 
         ``looked``: when the look began that found nothing. What the provider knew to be due by then is no reason for
         another one: it stays due while it cannot be handed out (a paused queue), and there would be no rest at all."""
         started = self._clock.monotonic()
-        rest = self._resilient_poll_interval if state.watched else interval
-        if self._poll_jitter and not state.watched:
-            rest += self._poll_jitter * self._ids.below(1000) / 1000
         while not state.woken and state.waiters:
             now = self._clock.now_ms()
             due = self._provider.next_due(*state.key)
@@ -393,6 +452,8 @@ class Dispatcher:
             await self._sleep(state, min(remaining, TICK))
             if watched and not state.watched:
                 return  # The feed broke: look now, and open it again.
+            if self._thrifty and not self._resting(state):
+                return  # Another one's look brought more than that one took.
 
     async def _pause(self, seconds: float) -> None:
         """Let a failing queue rest; new waiters do not cut it short, or they would drive the store in a loop."""
@@ -459,4 +520,4 @@ class Dispatcher:
         if self._closed:
             self._stop_watching(state)
         elif state.linger is None:
-            state.linger = self._clock.call_later(LINGER, forget)
+            state.linger = self._clock.call_later(self._linger_for, forget)

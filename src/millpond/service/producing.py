@@ -93,7 +93,13 @@ class Producing(Core):
                 ids, stamp = [], self._stamp(0, defaults.ttl)
         outcomes = await self.write([draft.op for draft in drafts])
         self._tell(key, drafts, outcomes)
-        return [self._receipt(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
+        # A Receipt as Receipt() makes it by way of a Python function; this is paid per message.
+        return [
+            tuple.__new__(Receipt, (draft.op.item.id, False))
+            if outcome.__class__ is Inserted
+            else self._receipt(draft, outcome)
+            for draft, outcome in zip(drafts, outcomes, strict=True)
+        ]
 
     async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
         if source.__class__ is Payload:
@@ -264,8 +270,7 @@ class Producing(Core):
     @staticmethod
     def _receipt(draft: _Draft, outcome: Outcome) -> Receipt:
         if outcome.__class__ is Inserted:
-            # What Receipt() does by way of a Python function; this is paid per message.
-            return tuple.__new__(Receipt, (draft.op.item.id, False))
+            return Receipt(draft.op.item.id, False)
         if isinstance(outcome, Conflict) and outcome.cause in (Cause.UNIQUE, Cause.EXISTS):
             return Receipt(outcome.id or draft.op.item.id, True)
         raise StoreError(f"the store answered an insert with {outcome!r}")

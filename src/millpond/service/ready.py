@@ -17,6 +17,8 @@ from millpond.stores.base import Item, Mark
 
 MAX_AGE = 1.0
 """Seconds until a cache that still has records looks for better ones (another process's higher priorities)."""
+THRIFTY_AGE = 5.0
+"""The same where a look costs money: about as much as the write that a stale record costs its taker."""
 DUE_REFRESH = 0.05
 """Seconds between refills that only follow messages coming due while there still are others to hand out."""
 PAYLOAD_LIMIT = 16 * 1024
@@ -105,13 +107,15 @@ class ReadyCache:
         "dry",
         "last_used",
         "loaded_at",
+        "max_age",
         "more",
         "next_due",
         "spread",
     )
 
-    def __init__(self, capacity: int, *, asleep: bool = False) -> None:
+    def __init__(self, capacity: int, *, asleep: bool = False, max_age: float = MAX_AGE) -> None:
         self.capacity = capacity
+        self.max_age = max_age
         self.asleep = asleep
         """Nobody takes candidates: it keeps none and is told of none, until the next refill."""
         self.dry = True
@@ -156,7 +160,7 @@ class ReadyCache:
         if not self._entries or self.dirty or self.loaded_at is None:
             return True
         age = monotonic - self.loaded_at
-        return age >= MAX_AGE or (self.next_due is not None and self.next_due <= now and age >= DUE_REFRESH)
+        return age >= self.max_age or (self.next_due is not None and self.next_due <= now and age >= DUE_REFRESH)
 
     def offer(self, record: Record, now: int, *, inserted: bool = False) -> None:
         """A record just written by this process: keep it if it belongs among the cached ones.

@@ -101,13 +101,37 @@ class QueueService(States):
         """Up to ``limit`` ready messages, taken out of the ready cache for the caller to claim or give back."""
         key = self.key(namespace, queue)
         self.stats.next_calls += 1
-        if (await self.policy(key)).paused:
+        # Where a read costs money, the policy of a queue in which there is nothing is not read, unless it was paused.
+        late = self.costs and not self._known_paused(key)
+        if not late and (await self.policy(key)).paused:
             return []
         cache = self.cache(key)
-        now = self.clock.now_ms()
-        if cache.wants_refill(now, self.clock.monotonic()):
-            await self.refill(key)
-        return self.pop_candidates(cache, [], limit, now)
+        while True:
+            now = self.clock.now_ms()
+            shared = cache.wants_refill(now, self.clock.monotonic()) and not await self.refill(key, limit)
+            found = self.pop_candidates(cache, [], limit, now)
+            if found or not shared or not cache.more:
+                break
+        if found and late:
+            try:
+                paused = (await self.policy(key)).paused
+            except BaseException:
+                self.give_back(found)
+                raise
+            if paused:
+                self.give_back(found)
+                return []
+        return found
+
+    def _known_paused(self, key: QueueKey) -> bool:
+        known = self._policies.get(key)
+        return known is not None and known.defaults.policy.paused
+
+    def last_look(self, namespace: str, queue: str) -> float | None:
+        """When the store was last asked what is ready in the queue (monotonic time), if nothing was left then and
+        nothing has been heard since; None when there is a reason to ask, or something at hand."""
+        cache = self.cache((namespace, queue))
+        return None if len(cache) or cache.more or cache.dirty else cache.loaded_at
 
     async def peek_candidate(self, namespace: str | None, queue: str) -> Record | None:
         """The message that would be handed out next, left where it is."""
@@ -140,11 +164,12 @@ class QueueService(States):
             self.cache((record.item.namespace, record.item.queue)).offer(record, self.clock.now_ms())
 
     def next_due(self, namespace: str, queue: str) -> int | None:
-        """When the next message of the queue becomes due (ms UTC), as far as its ready cache knows. None while it is
-        paused: nothing comes due for anybody then, and who waits for it would look again and again."""
+        """When the next message of the queue becomes due (ms UTC), as far as its ready cache knows. While it is paused,
+        when that is to be seen to again, if at all: nothing comes due for anybody then, and who waits for it would look
+        again and again."""
         known = self._policies.get((namespace, queue))
         if known is not None and known.defaults.policy.paused:
-            return None
+            return known.recheck
         return self.cache((namespace, queue)).next_due
 
     def enable_ready_cache_stats(self) -> None:

@@ -328,6 +328,36 @@ class QueueName(NamedTuple):
     queue: str
 
 
+class Requests(msgspec.Struct, frozen=True, kw_only=True):
+    """How many requests went to a store that charges for each, by kind, and the bytes that they carried."""
+
+    creates: int = 0
+    replaces: int = 0
+    reads: int = 0
+    """Of whole objects; also those that found none."""
+    deletes: int = 0
+    lists: int = 0
+    """Pages of listings."""
+    parts: int = 0
+    """Requests that uploads of large payloads took."""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    """Payload, records and documents; neither headers nor listings."""
+
+    @property
+    def total(self) -> int:
+        """Requests of all kinds."""
+        return self.creates + self.replaces + self.reads + self.deletes + self.lists + self.parts
+
+    def plus(self, other: Requests) -> Requests:
+        """The sum."""
+        return Requests(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
+
+    def minus(self, other: Requests) -> Requests:
+        """The difference."""
+        return Requests(**{name: getattr(self, name) - getattr(other, name) for name in self.__struct_fields__})
+
+
 class Document(NamedTuple):
     """A document with its ETag."""
 
@@ -451,6 +481,10 @@ class Store(Protocol):
 
     def statistics(self) -> dict[str, Any]:
         """Counters for operators: commits, ops, commit size, seconds waited for the lock … Keys are the store's own."""
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """The requests that this store object made since it was opened, per queue (None: for no queue in particular).
+        Empty for a store that makes none."""
 
     # Last in the class: below it, ``list`` would name the method in annotations.
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:

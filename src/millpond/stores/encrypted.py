@@ -63,6 +63,7 @@ from millpond.stores.base import (
     ReadyPage,
     Remove,
     Removed,
+    Requests,
     Reseal,
     Store,
     Stored,
@@ -548,6 +549,10 @@ class EncryptedStore:
             **self.envelope.statistics(),
             "crypto_unreadable": self._unreadable,
         }
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """The inner store's."""
+        return self.inner.requests()
 
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:
         """Records of a box in order of insertion. A page may be short, or empty, and not be the last."""

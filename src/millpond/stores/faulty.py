@@ -36,6 +36,7 @@ from millpond.stores.base import (
     QueueName,
     ReadyPage,
     Removed,
+    Requests,
     Store,
     Stored,
     Subscription,
@@ -353,3 +354,7 @@ class FaultyStore:
     def statistics(self) -> dict[str, Any]:
         """The inner store's, and ``calls``: how many came this way."""
         return {**self.inner.statistics(), "calls": len(self.calls)}
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """The inner store's."""
+        return self.inner.requests()

@@ -42,6 +42,7 @@ from millpond.stores.base import (
     ReadyPage,
     Remove,
     Removed,
+    Requests,
     Reseal,
     StateWritten,
     Stored,
@@ -647,6 +648,10 @@ class MemoryStore:
             "records": sum(len(queue.by_key) for queue in self._data.queues.values()),
             "blobs": len(self._data.blobs),
         }
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """None are made."""
+        return {}
 
     # Last in the class: below it, ``list`` would name the method in annotations.
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:

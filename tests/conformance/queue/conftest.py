@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from tests.unit.service.far import Far
 
 from millpond import Config, Keyring, Message, Pond, Queue
 from millpond.model.clock import ManualClock, SystemClock
-from millpond.stores.base import Store
+from millpond.stores.base import Reach, Store
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.faulty import FaultyStore, Plan
 from millpond.stores.memory import MemoryStore
@@ -26,13 +27,15 @@ T = TypeVar("T")
 STORES = (
     "memory",
     "memory-candidates",
+    "memory-paid",
     "sqlite",
     "objects",
     "memory-encrypted",
     "sqlite-encrypted",
     "objects-encrypted",
 )
-"""``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do."""
+"""``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do. ``memory-paid``
+charges for requests besides, and is reached by others over the network, so that its ponds ask for less."""
 QUIET_ROUNDS = 30
 """Turns of the event loop without a store call under way, after which whatever could run has run."""
 
@@ -70,7 +73,8 @@ class World:
         self.clock = ManualClock()
         self.path = directory / "pond.db"
         self.keyring = Keyring({"old": bytes(32), "new": bytes(range(32))})
-        self._memory = MemoryStore(clock=self.clock, takes=store != "memory-candidates")
+        self.paid = store == "memory-paid" or store.startswith("objects")
+        self._memory = MemoryStore(clock=self.clock, takes=store not in ("memory-candidates", "memory-paid"))
         self._bucket = MemoryBucket(clock=self.clock)
         self._made = 0
         self.stores: list[Busy] = []
@@ -78,7 +82,8 @@ class World:
     def handle(self) -> Store:
         """A new handle on the bare store. What it waits for in there (locks) takes real time."""
         if self.store.startswith("memory"):
-            return self._memory.share()
+            share = self._memory.share()
+            return Far(self.clock, share, requests_cost_money=True, reach=Reach.NETWORK) if self.paid else share
         if self.store.startswith("objects"):
             return ObjectStore(self._bucket.share(), clock=self.clock, measure_skew=False)
         return SqliteStore(self.path, clock=SystemClock())

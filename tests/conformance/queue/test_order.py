@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from millpond import Message, Queue
+from millpond.service.ready import MAX_AGE, THRIFTY_AGE
 
 if TYPE_CHECKING:
     from tests.conformance.queue.conftest import World
@@ -40,8 +41,8 @@ async def test_a_late_one_from_another_pond_goes_first_soon(world: World) -> Non
         await there.enqueue_many([b"1", b"2", b"3"], priority=4)
         assert await _payloads(there, 1) == [b"1"]
         await here.enqueue(b"urgent", priority=5)
-        # The ready cache of another process is a second old at most.
-        world.clock.advance(1)
+        # The ready cache of another process is a second old at most, or a few where a look costs money.
+        world.clock.advance(THRIFTY_AGE if world.paid else MAX_AGE)
         assert await _payloads(there, 1) == [b"urgent"]
 
 

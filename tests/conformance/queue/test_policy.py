@@ -14,7 +14,10 @@ from millpond.stores.base import DocumentWritten, PutDocument
 if TYPE_CHECKING:
     from tests.conformance.queue.conftest import World
 
-AGE = Config().policy_max_age
+
+def age_of_policies(world: World) -> float:
+    """Seconds within which a policy reaches every pond."""
+    return Config().policy_age(world.paid)
 
 
 async def test_nothing_is_handed_out_while_paused(world: World) -> None:
@@ -57,7 +60,7 @@ async def test_a_waiting_consumer_gets_nothing_until_the_resume(world: World) ->
         await queue.pause()
         await queue.enqueue(b"x")
         waiting = await world.waiting(queue.receive(wait=1000))
-        await world.advance(AGE)
+        await world.advance(age_of_policies(world))
         assert not waiting.done()
         await queue.resume()
         await world.settle()
@@ -70,10 +73,10 @@ async def test_a_pause_elsewhere_takes_effect_within_the_age_of_the_policy(world
         await here.enqueue_many([b"1", b"2"])
         assert len(await there.receive()) == 1
         await here.pause()
-        world.clock.advance(AGE)
+        world.clock.advance(age_of_policies(world))
         assert await there.receive() == []
         await here.resume()
-        world.clock.advance(AGE)
+        world.clock.advance(age_of_policies(world))
         assert len(await there.receive()) == 1
 
 
@@ -138,7 +141,7 @@ async def test_the_policy_holds_for_messages_enqueued_in_another_pond(world: Wor
     async with world.queue() as here, world.queue() as there:
         await there.enqueue(b"before")  # Now it has a copy of the policy as it was.
         await here.set_policy(default_visibility=7, max_attempts=2, ttl=60, dedup_window=5)
-        world.clock.advance(AGE)
+        world.clock.advance(age_of_policies(world))
         await there.enqueue(b"after", dedup_key="k")
         now = world.clock.now_ms()
         before, after = await there.receive(2)
@@ -301,7 +304,7 @@ async def test_a_policy_that_cannot_be_read_is_reset(world: World, data: bytes, 
         await queue.enqueue(b"x")
         await queue.set_policy(max_attempts=2, paused=True)
         await _garble(world, data)
-        world.clock.advance(AGE)
+        world.clock.advance(age_of_policies(world))
         for call in (queue.policy(), queue.receive(), queue.enqueue(b"y"), queue.resume(), queue.set_policy(ttl=5)):
             with pytest.raises((StoreCorrupt, StoreMismatch, Tampered)):
                 await call

@@ -68,6 +68,15 @@ def test_durations_of_a_config(name: str, value: Any) -> None:
     assert getattr(Config(**{name: 5}), name) == 5
 
 
+def test_what_depends_on_the_store_unless_it_is_given() -> None:
+    config = Config()
+    assert (config.policy_age(costs=False), config.policy_age(costs=True)) == (1, 60)
+    assert (config.collecting(costs=False), config.collecting(costs=True)) == (30, 3600)
+    given = Config(policy_max_age=7, collect_interval=8)
+    assert (given.policy_age(costs=False), given.policy_age(costs=True)) == (7, 7)
+    assert (given.collecting(costs=False), given.collecting(costs=True)) == (8, 8)
+
+
 @pytest.mark.parametrize("value", [-0.1, float("nan"), True, "1"], ids=repr)
 def test_the_jitter_may_be_nothing_but_not_less(value: Any) -> None:
     assert Config(poll_jitter=0).poll_jitter == 0
@@ -82,7 +91,9 @@ def test_the_budget_of_a_config(value: Any) -> None:
         Config(default_max_attempts=value)
 
 
-@pytest.mark.parametrize("name", ["ready_cache_size", "ready_page_size", "max_consumers", "page_size"])
+@pytest.mark.parametrize(
+    "name", ["ready_cache_size", "ready_page_size", "thrifty_page_size", "max_consumers", "page_size"]
+)
 @pytest.mark.parametrize("value", [0, -1, 1.5, True], ids=repr)
 def test_sizes_of_a_config(name: str, value: Any) -> None:
     assert getattr(Config(**{name: 1}), name) == 1

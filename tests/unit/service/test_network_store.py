@@ -7,13 +7,13 @@ import io
 import uuid
 from typing import Any
 
-import msgspec
 import pytest
+from tests.unit.service.far import Far
 
 import millpond.testing
 from millpond import Keyring, StoreError
 from millpond.model.clock import ManualClock
-from millpond.stores.base import Capabilities, Insert, Reach, Store
+from millpond.stores.base import Insert, Reach, Store
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.faulty import FaultyStore
 from millpond.stores.memory import MemoryStore
@@ -21,22 +21,6 @@ from millpond.stores.sqlite import SqliteStore
 
 START = ManualClock().now_ms()
 CHOSEN = "0197a3c2-0000-7000-8000-000000000001"
-
-
-class Far:
-    """A memory store that says it is somewhere else: everything but what it says of itself is the inner one's."""
-
-    def __init__(self, clock: ManualClock, **capabilities: Any) -> None:
-        self.inner = MemoryStore(clock=clock, takes=False)
-        self.clock_offset = 0
-        self._capabilities = msgspec.structs.replace(self.inner.capabilities, **capabilities)
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
 
 def inserts(store: FaultyStore) -> list[Insert]:

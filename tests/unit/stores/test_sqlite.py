@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 
 import millpond
 from millpond.errors import StoreBusy, StoreClosed, StoreError, StoreFull, StoreMismatch
+from millpond.stores.sqlite import writer
+from millpond.stores.sqlite.lock import Turnstile
 
 Scenario = Callable[[millpond.Pond], Awaitable[None]]
 
@@ -91,6 +94,60 @@ def test_concurrent_calls_share_commits(path: Path) -> None:
         assert len({receipt.message_id for receipt in receipts}) == 200
         assert pond.statistics()["store"]["commits"] - before <= 4
         assert (await queue.counts()).ready == 201
+
+    run(path, scenario)
+
+
+def test_a_large_commit_has_begun_before_the_loop_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the loop would keep the GIL from the thread until it has nothing more to do, and then wait for the disk."""
+    monkeypatch.setattr(writer, "HAND_OVER", 30.0)
+
+    async def scenario(pond: millpond.Pond) -> None:
+        own = pond.store._writer  # type: ignore[attr-defined]
+        sizes: list[int] = []
+        commit = own._commit_in_thread
+
+        def recorded(batch: writer.Batch) -> None:
+            sizes.append(batch.ops)
+            commit(batch)
+
+        async def look() -> list[int]:
+            await asyncio.sleep(0)  # the flush that the enqueues asked for comes first
+            return sizes.copy()
+
+        queue = pond.queue("q")
+        await queue.enqueue(b"first")
+        own._commit_in_thread = recorded
+        *_, begun = await asyncio.gather(*(queue.enqueue(b"x") for _ in range(writer.SPLIT_OPS)), look())
+        assert begun == [writer.SPLIT_OPS]
+
+    run(path, scenario)
+
+
+@pytest.mark.parametrize(("seconds", "on_the_loop"), [(0.0, True), (1.0, False)])
+def test_with_others_waiting_the_loop_commits_while_that_is_quick(
+    path: Path, seconds: float, on_the_loop: bool
+) -> None:
+    async def scenario(pond: millpond.Pond) -> None:
+        own = pond.store._writer  # type: ignore[attr-defined]
+        threads: list[int] = []
+        commit = own._commit
+
+        def recorded(batch: writer.Batch) -> None:
+            threads.append(threading.get_ident())
+            commit(batch)
+
+        own._commit = recorded
+        own._commit_seconds = seconds
+        other = Turnstile(f"{path}-millpond", 0o600)
+        assert other.try_acquire()
+        enqueue = asyncio.create_task(pond.queue("q").enqueue(b"x"))
+        while not own._waiting:
+            await asyncio.sleep(0)
+        other.release()
+        await enqueue
+        other.close()
+        assert [thread == threading.get_ident() for thread in threads] == [on_the_loop]
 
     run(path, scenario)
 

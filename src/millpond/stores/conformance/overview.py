@@ -43,6 +43,8 @@ async def capabilities_and_statistics(harness: Harness) -> None:
         holds(not harness.shared or capabilities.reach is not None, "a shared store has a reach")
         await put_one(store, insertion(1))
         kind(store.statistics(), dict, "the statistics")
+        kind(store.requests(), dict, "the requests")
+        holds(bool(store.requests()) == capabilities.requests_cost_money, "requests are counted where they cost money")
 
 
 @check

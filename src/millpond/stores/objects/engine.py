@@ -30,11 +30,14 @@ OLD = 60_000
 HALF = 30_000
 """Milliseconds after which a writer touches its own intent no more. The other half of `OLD` is for requests that are
 still on their way, and for clocks."""
-MARGIN = 10_000
+MARGIN = 15_000
 """Milliseconds of its lease that a message must have left, for its holder to delete it without a condition: longer
-than a request may take, and than clocks are apart."""
+than a bucket sends such a request again and waits for its reply (2 s and 10 s), and than clocks are apart."""
 LEFT = 10_000
 """Names that messages have left, remembered."""
+RIVALRY = 8
+"""Claims that have to go through before a lost one is forgotten."""
+MOST_RIVALS = 256
 STEP = 1 << 16
 """Between two keys of one time: far less than between the ids that one source makes, so that order is kept."""
 READS = 32
@@ -47,6 +50,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     margin: int = MARGIN
     fenced_removals: bool = False
     """Never delete a message without a condition: one request more for each ack."""
+    spread: bool = True
+    """Keep out of the way of other consumers of a queue, at the price of its order, while they are met."""
 
 
 class Found(NamedTuple):
@@ -95,6 +100,8 @@ class Engine:
         self._turns: dict[tuple[str, ...], _Turn] = {}
         self._left: OrderedDict[str, None] = OrderedDict()
         self._doomed: OrderedDict[str, int] = OrderedDict()
+        self.rivals: dict[tuple[str, str], int] = {}
+        """Queue → claims lost to others lately; each claim that goes through takes one off."""
 
     # Time and chance
 
@@ -136,8 +143,14 @@ class Engine:
         """Run it to its end, whatever becomes of the caller."""
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled():
+            # Whoever waits for it gets its error; nobody may be waiting any more.
+            task.exception()
 
     @asynccontextmanager
     async def turn(self, keys: Iterable[tuple[str, ...]]) -> AsyncIterator[None]:
@@ -172,6 +185,24 @@ class Engine:
         """The pages of a listing, which may be left before their end."""
         async with aclosing(self.exchange.pages(prefix, after)) as pages:
             yield pages
+
+    # Rivals
+
+    def lost_claim(self, name: Name) -> None:
+        """Somebody else was given the message."""
+        queue = (name.namespace, name.queue)
+        if self.options.spread:
+            self.rivals[queue] = min(self.rivals.get(queue, 0) + RIVALRY, MOST_RIVALS)
+
+    def won_claim(self, name: Name) -> None:
+        """A claim went through."""
+        queue = (name.namespace, name.queue)
+        left = self.rivals.get(queue)
+        if left is not None:
+            if left > 1:
+                self.rivals[queue] = left - 1
+            else:
+                del self.rivals[queue]
 
     # Objects of messages
 
@@ -262,6 +293,7 @@ class Engine:
     async def create_record(self, name: Name, record: Record) -> Known | Content:
         """Write a record under a name that was never used: as it is now known, or what is there instead."""
         started = self.skew.started()
+        self._left.pop(name.path, None)
         data = records.encode_record(record, name, self.now())
         result = await self.exchange.create(name.path, data, insist=False)
         if isinstance(result, Tag):

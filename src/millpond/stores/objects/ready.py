@@ -21,6 +21,8 @@ from millpond.stores.objects.writes import SLACK
 
 LONG = 1000
 """A page of so many objects is hardly the only one."""
+SPREAD = 4
+"""How many times as many messages are looked at, while others are met, as are asked for."""
 GROUP_PAGES = 8
 """Pages of messages with a group after which those that were found are enough. Without the limit each look would list
 all of a long line behind few groups."""
@@ -135,7 +137,8 @@ class Ready:
     async def ready(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
         """The first ``limit`` records that are due at ``now`` and not blocked by their group."""
         since = self._engine.index.seq
-        search = _Search(self._listing, now, limit + 1, since)
+        rivals = self._engine.rivals.get((namespace, queue), 0)
+        search = _Search(self._listing, now, limit + 1 + (limit * SPREAD if rivals else 0), since)
         async with Lanes(self._engine, self._listing, namespace, queue) as lanes:
             heads, cut = await self._heads(lanes, namespace, queue, now, since)
             for priority in range(9, -1, -1):
@@ -144,9 +147,10 @@ class Ready:
                     await search.lane(pages, mine)
                 if search.full:
                     break
-        more = search.full or (cut and bool(search.found))
+        more = len(search.found) > limit or (cut and bool(search.found))
+        start = self._somewhere(search.found, limit) if rivals else 0
         result = []
-        for known in await self._listing.read(search.found[:limit], since):
+        for known in await self._listing.read(search.found[start : start + limit], since):
             record = known.record
             if record.due > now:
                 # Somebody was given it since it was listed.
@@ -154,6 +158,12 @@ class Ready:
                 continue
             result.append(records.stored(record, known.name))
         return ReadyPage(result, more, search.next_due)
+
+    def _somewhere(self, found: list[Seen], limit: int) -> int:
+        """Where to begin among those of the first one's priority: several who see the same head of a queue would race
+        for the same messages, and read them all for nothing."""
+        alike = sum(seen.name.priority == found[0].name.priority for seen in found) if found else 0
+        return self._engine.ids.below(alike - limit + 1) if alike > limit else 0
 
     async def _heads(
         self, lanes: Lanes, namespace: str, queue: str, now: int, since: int

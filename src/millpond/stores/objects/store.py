@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -58,6 +58,8 @@ from millpond.stores.objects.ready import Ready
 from millpond.stores.objects.upkeep import Upkeep
 from millpond.stores.objects.writes import Writer
 
+T = TypeVar("T")
+
 INLINE_LIMIT = 64 * 1024
 """Bytes; a payload up to this size costs no request of its own."""
 _root = msgspec.json.Decoder(records.Root)
@@ -70,7 +72,7 @@ class ObjectStore:
     `clock_offset`). ``inline_limit``: largest payload, bytes, in the record. ``index_bytes`` and ``index_entries``
     bound what it remembers of objects. ``margin``: milliseconds of its lease that a message must have left to be
     deleted without a condition. ``fenced_removals``: never do that, for those who let several processes answer under
-    one lease.
+    one lease. ``spread``: while claims are lost to others, do not offer the very first messages to everybody.
     """
 
     def __init__(
@@ -85,9 +87,10 @@ class ObjectStore:
         index_entries: int = ENTRIES,
         margin: int = MARGIN,
         fenced_removals: bool = False,
+        spread: bool = True,
         name: str = "objects",
     ) -> None:
-        options = Options(margin=margin, fenced_removals=fenced_removals)
+        options = Options(margin=margin, fenced_removals=fenced_removals, spread=spread)
         index = Index(entries=index_entries, size=index_bytes)
         engine = self._engine = Engine(
             bucket, clock, random_bytes=random_bytes, index=index, options=options, measure_skew=measure_skew
@@ -105,7 +108,8 @@ class ObjectStore:
         self._upkeep = Upkeep(engine, self._markers, self._groups, self._moves, self._finder, self._blobs, self._reader)
         self._open = self._closed = False
         self._writes = self._ops = self._conflicts = 0
-        self._writing: dict[asyncio.Task[Outcome], tuple[str, str]] = {}
+        self._writing: dict[asyncio.Task[Any], set[tuple[str, str]]] = {}
+        """Writes under way, and the queues that they are about."""
         self._capabilities = Capabilities(
             name=name,
             reach=Reach.NETWORK,
@@ -223,17 +227,22 @@ class ObjectStore:
         return refused
 
     def _start(self, op: Op, known: Conflict | None) -> asyncio.Task[Outcome]:
-        place = (op.namespace, op.queue) if isinstance(op, PutDocument) else (op.item.namespace, op.item.queue)
-        earlier: list[asyncio.Task[Outcome]] = []
+        earlier: list[asyncio.Task[Any]] = []
         if isinstance(op, PutDocument):
             # Whoever writes a queue's document may rely on all that this process asked for before.
-            earlier = [task for task, where in self._writing.items() if where == place]
-        task = self._engine.spawn(self._run(op, known, earlier))
-        self._writing[task] = place
+            earlier = [task for task, places in self._writing.items() if (op.namespace, op.queue) in places]
+        return self._track(self._run(op, known, earlier), [op])
+
+    def _track(self, work: Coroutine[Any, Any, T], ops: Sequence[Op]) -> asyncio.Task[T]:
+        task: asyncio.Task[T] = self._engine.spawn(work)
+        self._writing[task] = {
+            (op.namespace, op.queue) if isinstance(op, PutDocument) else (op.item.namespace, op.item.queue)
+            for op in ops
+        }
         task.add_done_callback(lambda done: self._writing.pop(done, None))
         return task
 
-    async def _run(self, op: Op, known: Conflict | None, earlier: builtins.list[asyncio.Task[Outcome]]) -> Outcome:
+    async def _run(self, op: Op, known: Conflict | None, earlier: builtins.list[asyncio.Task[Any]]) -> Outcome:
         if earlier:
             await asyncio.wait(earlier)
         return known or await self._writer.apply(op)
@@ -278,8 +287,7 @@ class ObjectStore:
         self._writes += 1
         self._ops += len(ops)
         work = self._writer.hand_off(removal, [op for op in inserts if isinstance(op, Insert)])
-        result: list[Outcome] = await asyncio.shield(self._engine.spawn(work))
-        return result
+        return await asyncio.shield(self._track(work, ops))
 
     async def take(
         self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide

@@ -145,7 +145,7 @@ class Upkeep:
             if content is None:
                 continue
             marker = records.decode(Marker, content.data, entry.name)
-            if marker.until <= now and self._engine.now() - content.modified >= 0:
+            if marker.until <= now:
                 if await self._markers.remove(entry.name, content):
                     self._until.pop(entry.name, None)
                     gone += marker.until > 0

@@ -152,7 +152,11 @@ class Writer:
                 free = not record.leased or record.due <= engine.now()
                 written = await engine.swap_record(known, new, claimed=op.leased and (known.claimed or free))
                 if isinstance(written, Known):
+                    if op.leased and free:
+                        engine.won_claim(name)
                     return Updated(records.mark(new, name), payload)
+                if op.leased and free:
+                    engine.lost_claim(name)
                 continue
             new = msgspec.structs.replace(new, via=name.path)
             goals: list[Goal] = []

@@ -28,6 +28,7 @@ from millpond.stores.base import (
     Reach,
     ReadyPage,
     Removed,
+    Requests,
     Stored,
     Subscription,
     Updated,
@@ -419,6 +420,10 @@ class SqliteStore:
             wal = 0
         news = {f"news_{name}": number for name, number in self._feed.numbers.items()}
         return {**self._writer.numbers, **news, "wal_bytes": wal}
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """None are made."""
+        return {}
 
     # Last in the class: below it, ``list`` would name the method in annotations.
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:

@@ -228,3 +228,23 @@ async def test_a_hand_off_that_was_overtaken_withdraws_its_message() -> None:
 
 def test_crashes_are_store_errors() -> None:
     assert issubclass(Crash, StoreError)
+
+
+async def test_a_dead_letter_that_was_redriven_at_once_does_not_come_back_as_one() -> None:
+    """Who buried it died before the intent was gone; by then it has been redriven and acked."""
+    redriven = 0
+    for at in range(1, await _points("bury") + 1):
+        rig, _ = await _interrupted("bury", at)
+        other = await rig.store()
+        later = NOW + 600_000
+        for record in (await other.list("default", "q", Box.DEAD)).records:
+            back = Update(record.item, record.mark, later, False, None, Box.LIVE, b"again")
+            assert isinstance(await apply(other, back), Updated)
+            redriven += 1
+        acked: list[str] = []
+        await _use_up(other, later, acked)
+        third = await rig.rescue()
+        await _use_up(third, later, acked)
+        assert len(acked) == 1, f"after request {at}"
+        assert await picture(await rig.rescue()) == {}
+    assert redriven > 1

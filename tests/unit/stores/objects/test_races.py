@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.unit.stores.objects.rig import NOW, Rig, apply, fresh, give_back, insert, lease, picture
 
-from millpond.stores.base import Box, Cause, Conflict, Inserted, Remove, Removed, Unique, Update, Updated
+from millpond.stores.base import Box, Cause, Conflict, Inserted, PutDocument, Remove, Removed, Unique, Update, Updated
 from millpond.stores.objects.store import ObjectStore
 
 FAR = NOW + 10**7
@@ -199,3 +199,59 @@ async def test_an_answer_after_the_lease_does_not_undo_the_next_delivery() -> No
     seen = await other.get("default", "q", record.item.id)
     assert seen is not None
     assert seen.mark == again.mark
+
+
+async def test_who_loses_claims_keeps_out_of_the_way_for_a_while() -> None:
+    rig = Rig()
+    store, other = await rig.store(), await rig.store()
+    records = [await insert(store, fresh(n, at=NOW + n, priority=9 if n < 50 else 0)) for n in range(60)]
+    late = NOW + 100
+
+    async def first(limit: int = 5) -> list[int]:
+        page = await store.ready("default", "q", late, limit=limit)
+        assert page.more is (limit < 60)
+        return [int(record.item.id[-12:], 16) for record in page.records]
+
+    assert await first() == [0, 1, 2, 3, 4]
+    await other.ready("default", "q", late, limit=5)
+    assert isinstance(await apply(other, lease(records[0], FAR)), Updated)
+    back = await apply(store, lease(records[0], FAR))
+    assert back == Conflict(Cause.STALE, records[0].item.id)
+    seen = [await first() for _ in range(20)]
+    assert len({page[0] for page in seen}) > 5
+    # In order from where they begin, and none of a lower priority before its turn.
+    assert all(page == list(range(page[0], page[0] + 5)) and page[-1] < 50 for page in seen)
+    assert len(await first(60)) == 59
+    for record in records[1:9]:
+        assert isinstance(await apply(store, lease(record, FAR)), Updated)
+    assert await first() == [9, 10, 11, 12, 13]
+
+
+async def test_a_barrier_waits_for_what_was_asked_for_before() -> None:
+    rig = Rig()
+    store = await rig.store()
+    record = await insert(store, fresh(1))
+    inner = rig.network(store).inner
+    replace = inner.replace
+
+    async def slow(name: str, data: bytes, tag: Any) -> Any:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return await replace(name, data, tag)
+
+    inner.replace = slow  # type: ignore[method-assign]
+    writes = [
+        asyncio.ensure_future(apply(store, lease(record, FAR))),
+        asyncio.ensure_future(store.commit([Remove(record.item, record.mark), fresh(2, queue="next")])),
+    ]
+    await asyncio.sleep(0)
+    for write in writes:
+        write.cancel()
+    await apply(store, PutDocument("default", "q", "-", b""))
+    before = dict(rig.root.objects)
+    await rig.settle(store)
+    assert dict(rig.root.objects) == before
+    # The claim was first, so the hand-off was refused.
+    seen = await store.get("default", "q", record.item.id)
+    assert seen is not None
+    assert seen.mark.leased

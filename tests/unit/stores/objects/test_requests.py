@@ -37,7 +37,7 @@ async def test_a_life_across_two_processes_is_four_requests_and_a_listing() -> N
 
 
 async def test_a_removal_that_must_be_fenced_is_one_request_more() -> None:
-    for options, until in (({"fenced_removals": True}, FAR), ({}, NOW + 10_000)):
+    for options, until in (({"fenced_removals": True}, FAR), ({}, NOW + 15_000)):
         rig = Rig(**options)
         store = await rig.store()
         record = await insert(store, fresh(1))
