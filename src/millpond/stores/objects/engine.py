@@ -129,7 +129,9 @@ class Engine:
 
     def met(self, name: Name) -> None:
         """A message with a group was seen."""
-        self.high = max(self.high, name.key)
+        # Not at the end of time: behind that there may be no room for keys.
+        if name.time < names.LATEST:
+            self.high = max(self.high, name.key)
 
     def limit(self, milliseconds: int) -> Callable[[], bool]:
         """Whether less than this has passed since. By both clocks: the monotonic one of some systems stands still while

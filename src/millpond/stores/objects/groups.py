@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from millpond.errors import StoreCorrupt
 from millpond.stores.base import Box
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
@@ -130,7 +131,11 @@ class Groups:
         async with self._engine.listing(prefix) as pages:
             async for page in pages:
                 for entry in page:
-                    other = names.parse(entry.name)
+                    try:
+                        other = names.parse(entry.name)
+                    except StoreCorrupt:
+                        # Somebody else's object; listings of the queue report it.
+                        continue
                     kind = records.form(entry.size).kind
                     if other.group == name.group and kind not in (records.Kind.GONE, records.Kind.MOVING):
                         self.first(other)

@@ -21,6 +21,8 @@ from millpond.stores.objects.writes import SLACK
 
 LONG = 1000
 """A page of so many objects is hardly the only one."""
+LOOKS = 4
+"""Looks in vain at messages of which there are more."""
 SPREAD = 4
 """How many times as many messages are looked at, while others are met, as are asked for."""
 GROUP_PAGES = 8
@@ -68,9 +70,13 @@ class Lanes:
             self._add(second)
             first = second or first
         self._pages = pages
-        self._last = first[-1].name[len(self._prefix)]
+        self._last = self._lane(first[-1])
         for lane in (await self._engine.exchange.folder(self._prefix)).folders:
             self._there.setdefault(names.last_part(lane), [])
+
+    def _lane(self, entry: Entry) -> str:
+        # Empty for an object that is called as the folder is: consoles make such.
+        return entry.name[len(self._prefix) :][:1]
 
     def _add(self, page: list[Entry]) -> None:
         for seen in self._listing.parse(page, Box.LIVE):
@@ -93,7 +99,7 @@ class Lanes:
             seen = [one for one in self._listing.parse(page, Box.LIVE) if one.name.lane == lane]
             if seen:
                 yield seen
-            if page and page[-1].name[len(self._prefix)] != lane:
+            if page and self._lane(page[-1]) != lane:
                 return
 
 
@@ -136,6 +142,15 @@ class Ready:
 
     async def ready(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
         """The first ``limit`` records that are due at ``now`` and not blocked by their group."""
+        page = await self._look(namespace, queue, now, limit)
+        for _ in range(LOOKS):
+            if page.records or not page.more:
+                break
+            # All of them were unreadable, or gone by now; what cannot be read is left out next time.
+            page = await self._look(namespace, queue, now, limit)
+        return page
+
+    async def _look(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
         since = self._engine.index.seq
         rivals = self._engine.rivals.get((namespace, queue), 0)
         search = _Search(self._listing, now, limit + 1 + (limit * SPREAD if rivals else 0), since)
@@ -235,6 +250,8 @@ class _Search:
         self._take(waiting, None)
 
     def _rank(self, standing: Standing, waiting: list[_Ranked]) -> None:
+        if self._listing.is_unreadable(standing.seen):
+            return
         if standing.due <= self._now:
             heapq.heappush(waiting, (standing.due, standing.seen.name.key, standing.seen))
         else:
