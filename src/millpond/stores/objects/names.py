@@ -1,6 +1,8 @@
 """The names of objects: the only place that knows them.
 
     millpond.json                               which format this is
+    probe.json                                  a note that the bucket's writes are conditional
+    probe/<chance>/…                            what was written to find that out; removed again
     q/<namespace>/<queue>/m/<lane>/<name>       live messages
     q/<namespace>/<queue>/d/<name>              dead letters
     q/<namespace>/<queue>/u/<hash>              unique-key markers
@@ -25,6 +27,8 @@ from millpond.errors import StoreCorrupt
 from millpond.stores.base import Box
 
 ROOT = "millpond.json"
+PROBE_NOTE = "probe.json"
+PROBES = "probe/"
 QUEUES = "q/"
 GROUP_LANE = "o"
 LANES = (*"0123456789", GROUP_LANE)
@@ -94,6 +98,11 @@ def hex_id(id: str) -> str:
     return id.replace("-", "")
 
 
+def dashed(id: str) -> str:
+    """A message id in hex with its hyphens."""
+    return f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}"
+
+
 def id_number(id: str) -> int:
     """A message id as a number: its key, if the id tells when the message is due."""
     return int(hex_id(id), 16)
@@ -154,7 +163,7 @@ def parse(path: str) -> Name:
             box,
             lane,
             int(key, 16),
-            f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}",
+            dashed(id),
             int(size, 16),
             int(expires, 16) if expires else None,
             group[:-1],
