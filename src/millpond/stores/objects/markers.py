@@ -212,6 +212,9 @@ class Markers:
     async def remove(self, path: str, content: Content) -> bool:
         """Delete a marker that has lost its meaning, if nobody has given it a new one meanwhile."""
         marker = records.decode(Marker, content.data, path)
+        if marker.standing == Standing.GOING and self._engine.now() - content.modified <= GOING:
+            # The delete of who said so may be on its way: it must not find what comes after this one's.
+            return False
         going = msgspec.structs.replace(marker, write_id=self._engine.write_id(), standing=Standing.GOING)
         in_time = self._engine.limit(GOING // 2)
         result = await self._engine.exchange.swap(path, records.encode(going), content.tag)

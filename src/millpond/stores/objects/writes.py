@@ -305,6 +305,11 @@ class Writer:
                     raise
                 except StoreError as error:
                     raise _may_be_gone(records.item(record, known.name)) from error
+            except StoreError:
+                if outcome is False:
+                    raise
+                # This one did not take place, but the one before may yet: so the message has to go.
+                break
         return outcome
 
     @staticmethod

@@ -133,6 +133,16 @@ async def test_an_ack_whose_delete_may_still_come_is_not_said_to_have_failed(ref
     assert await picture(store) == {}
 
 
+async def test_an_ack_whose_second_delete_is_refused_goes_through() -> None:
+    rig = Rig()
+    store, network = await scripted(rig)
+    removal = await _held(store)
+    network.rule = script(("delete", "/m/", LATE), ("delete", "/m/", REFUSED))
+    assert isinstance(await apply(store, removal), Removed)
+    await network.arrive()
+    assert await picture(store) == {}
+
+
 async def test_after_an_ack_whose_delete_may_still_come_nobody_is_given_the_message() -> None:
     """Else the delete would strike the next holder, whose hand-off it would undo."""
     rig = Rig()
@@ -240,6 +250,25 @@ async def test_a_marker_is_not_deleted_long_after_it_was_said_to_go() -> None:
     taken = taken or [await insert(other, fresh(2, unique=Unique("key", NOW, UNTIL)))]
     again = await apply(other, fresh(3, unique=Unique("key", NOW, UNTIL)))
     assert again == Conflict(Cause.UNIQUE, taken[0].item.id)
+
+
+async def test_two_sweeps_do_not_delete_a_marker_and_the_next_one() -> None:
+    """The first one's delete is late; the second one must not make room for a marker that it would strike."""
+    rig = Rig()
+    store, network = await scripted(rig)
+    other, _ = await scripted(rig)
+    await insert(store, fresh(1, unique=Unique("key", NOW - 10, NOW)))
+    network.rule = script(("delete", "/u/", LATE))
+    with suppress(StoreError):
+        await store.sweep(NOW, older_than=10**9, limit=100)
+    await other.sweep(NOW, older_than=10**9, limit=100)
+    work = asyncio.create_task(insert(other, fresh(2, unique=Unique("key", NOW, UNTIL))))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    await network.arrive()
+    taken = await work
+    again = await apply(other, fresh(3, unique=Unique("key", NOW, UNTIL)))
+    assert again == Conflict(Cause.UNIQUE, taken.item.id)
 
 
 async def test_a_pointer_is_not_deleted_long_after_it_was_said_to_go() -> None:
