@@ -221,6 +221,15 @@ class Markers:
         # Where the reply took long, others may be about to take it over: it is left to the next sweep.
         return isinstance(result, Tag) and await self._engine.exchange.delete_once(path, in_time)
 
+    async def redeem(self, path: str, birth: bytes) -> None:
+        """The message with this birth is there, and about to go: see to it that its marker is confirmed."""
+        content = await self._engine.exchange.read(path)
+        if content is None:
+            return
+        marker = records.decode(Marker, content.data, path)
+        if marker.birth == birth and marker.standing == Standing.PENDING:
+            await self._engine.exchange.swap(path, records.encode(self.confirmed(marker)), content.tag)
+
     def goal(self, claim: Claim, target: int) -> Goal:
         """What an intent says of a marker that belongs to one of its targets."""
         return Goal(claim.path, records.encode(self.confirmed(claim.marker)), target)

@@ -195,9 +195,14 @@ def after_key(key: int) -> str:
     return f"{key:032x}~"
 
 
+def key_hash(key: str) -> str:
+    """A unique key as names tell of it."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def unique_marker(namespace: str, queue: str, key: str) -> str:
     """The marker of a unique key."""
-    return f"{folder(namespace, queue)}u/{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return f"{folder(namespace, queue)}u/{key_hash(key)}"
 
 
 def id_marker(namespace: str, queue: str, id: str) -> str:

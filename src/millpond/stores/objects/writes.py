@@ -49,9 +49,6 @@ SLACK = 1000
 and clocks are set back a little. Listings look so far ahead."""
 TRIES = 64
 """Writes that keep losing to others who change the same object, but not the record's version."""
-CONFIRMATIONS = 5
-LONG_PAUSE = 4
-"""Tries to confirm a marker when the first failed, and the pause before each, as `Exchange.pause` counts."""
 UUID7 = "7"
 _MISSING, _STALE = Cause.MISSING, Cause.STALE
 
@@ -245,6 +242,7 @@ class Writer:
             if isinstance(known, Conflict):
                 # A delete whose reply was lost has taken place after all: nobody else could have done it.
                 return Removed() if unsure and known.cause is _MISSING else known
+            await self._redeem(known)
             path, record = known.name.path, known.record
             settled = await self._moves.settled(known)
             deleted = await self._delete_held(known) if settled else False
@@ -265,6 +263,26 @@ class Writer:
                 await self._tidy(names.blobs_prefix(record.namespace, record.queue) + record.blob, op)
             return Removed()
         raise self._restless(op.item)
+
+    async def _redeem(self, known: Known) -> None:
+        """Confirm the unique key of a message that is about to go."""
+        record = known.record
+        if not record.pledge:
+            return
+        path = names.markers_prefix(record.namespace, record.queue, "u") + record.pledge
+        try:
+            await self._markers.redeem(path, record.birth)
+        except StoreError as error:
+            # The key may be free before its time, should its first owner have died as well.
+            log.warning(
+                "millpond.objects.marker_unconfirmed",
+                extra={"object": path, "message_id": record.id, "reason": str(error)},
+            )
+        self._redeemed(known)
+
+    @staticmethod
+    def _redeemed(known: Known) -> None:
+        known.record = msgspec.structs.replace(known.record, pledge="")
 
     async def _tidy(self, path: str, op: Remove) -> None:
         """Delete what nobody needs any more. If that fails it is left to those who come across it."""
@@ -363,6 +381,8 @@ class Writer:
             None,
             0,
             via,
+            (),
+            "" if via or op.unique is None else names.key_hash(op.unique.key),
         )
         wanted: list[tuple[str, Marker, Unique | None]] = []
         if not direct:
@@ -426,12 +446,18 @@ class Writer:
         for claim, (_, _, unique) in zip(claims, wanted, strict=True):
             try:
                 other = await self._markers.confirm(claim)
-            except StoreError:
-                # The message is in. Who meets the marker while it is there finds it and confirms.
-                self._engine.spawn(self._confirm_later(claim))
+            except StoreError as error:
+                # The message is in. Who meets the marker finds it and confirms, as does who removes it.
+                log.warning(
+                    "millpond.objects.marker_unconfirmed",
+                    extra={"object": claim.path, "message_id": record.id, "reason": str(error)},
+                )
                 continue
             if other is not None and await self._moves.withdraw(name, record.birth):
                 return Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, other)
+            present = self._engine.index.get(name.path)
+            if unique is not None and other is None and present is not None and present.record.birth == record.birth:
+                self._redeemed(present)
         self._blobs.used(record.namespace, record.queue, record.blob)
         return Inserted(records.item(record, name), records.mark(record, name))
 
@@ -449,15 +475,6 @@ class Writer:
         if claims and isinstance(held, Tombstone):
             raise StoreError(f"the insert of message {record.id} took so long that others gave it up; try again")
         return Conflict(Cause.EXISTS, record.id)
-
-    async def _confirm_later(self, claim: Claim) -> None:
-        """Unless the marker is confirmed, its key or id would be free again once the message is used up."""
-        for _ in range(CONFIRMATIONS):
-            await self._engine.exchange.pause(LONG_PAUSE)
-            with suppress(StoreError):
-                await self._markers.confirm(claim)
-                return
-        log.warning("millpond.objects.marker_unconfirmed", extra={"object": claim.path, "message_id": claim.marker.id})
 
     async def in_the_way(self, op: Insert) -> Conflict | None:
         """What refuses an insert, whatever its payload."""
@@ -492,6 +509,7 @@ class Writer:
         if isinstance(known, Conflict):
             return refused(0, known)
         self._check_doom(known)
+        await self._redeem(known)
         brings: list[NewRecord] = []
         goals: list[Goal] = []
         all_claims: list[Claim] = []

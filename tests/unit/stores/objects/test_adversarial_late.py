@@ -308,9 +308,6 @@ async def test_a_pointer_is_not_deleted_long_after_it_was_said_to_go() -> None:
     assert isinstance(await apply(third, lease(early, UNTIL + 10**8)), Conflict)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a pending marker whose message is used up at once is taken for an insert that died"
-)
 async def test_a_key_stays_taken_though_its_message_is_used_up_before_it_is_confirmed() -> None:
     rig = Rig()
     store, network = await scripted(rig)
