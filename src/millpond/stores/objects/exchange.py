@@ -25,6 +25,7 @@ from millpond.stores.objects.bucket import (
     OutcomeUnknown,
     Tag,
 )
+from millpond.stores.objects.deletes import Deletes, TooLate
 from millpond.stores.objects.index import same
 
 log = logging.getLogger("millpond.stores.objects")
@@ -51,8 +52,10 @@ class Created(NamedTuple):
 class Exchange:
     """A bucket, with lost replies made good where that can be done."""
 
-    def __init__(self, bucket: Bucket, clock: Clock, ids: IdSource) -> None:
+    def __init__(self, bucket: Bucket, clock: Clock, ids: IdSource, batch: int = 1) -> None:
+        """``batch``: how many objects the bucket deletes by one request."""
         self.bucket = bucket
+        self._deletes = Deletes(bucket, batch)
         self._clock = clock
         self._ids = ids
         self._slots = asyncio.Semaphore(REQUESTS)
@@ -224,14 +227,16 @@ class Exchange:
                 await self.pause(attempt)
         raise AssertionError("unreachable")
 
-    async def delete_once(self, path: str, allowed: Callable[[], bool]) -> bool:
-        """One request, not repeated, if it is still ``allowed`` when its turn comes; whether it was. Raises
-        OutcomeUnknown."""
+    async def delete_once(self, path: str, *, alone: bool = True, still: Callable[[], bool] = lambda: True) -> None:
+        """One request, not repeated, and shared with others' unless ``alone``; sent only if ``still`` says yes when its
+        turn has come. Raises TooLate, OutcomeUnknown."""
+        if not alone:
+            await self._deletes.delete(path, still)
+            return
         async with self._slots:
-            if not allowed():
-                return False
+            if not still():
+                raise TooLate
             await self.bucket.delete(path)
-            return True
 
 
 def _undecided(path: str) -> OutcomeUnknown:

@@ -10,6 +10,7 @@ one that says it is going, which nobody takes over while the delete may be on it
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -18,6 +19,7 @@ from millpond.errors import StoreError
 from millpond.stores.base import Box, Cause, Conflict, Unique
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
+from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Tombstone
@@ -218,8 +220,13 @@ class Markers:
         going = msgspec.structs.replace(marker, write_id=self._engine.write_id(), standing=Standing.GOING)
         in_time = self._engine.limit(GOING // 2)
         result = await self._engine.exchange.swap(path, records.encode(going), content.tag)
+        if not isinstance(result, Tag):
+            return False
         # Where the reply took long, others may be about to take it over: it is left to the next sweep.
-        return isinstance(result, Tag) and await self._engine.exchange.delete_once(path, in_time)
+        with suppress(TooLate):
+            await self._engine.exchange.delete_once(path, still=in_time)
+            return True
+        return False
 
     async def redeem(self, path: str, birth: bytes) -> None:
         """The message with this birth is there, and about to go: see to it that its marker is confirmed."""

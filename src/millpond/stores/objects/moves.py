@@ -160,7 +160,10 @@ class Moves:
         if any(unsure for _, unsure in created):
             # A create that was given up may arrive yet. As long as the intent is there it finds its name taken, if only
             # by a tombstone; later it would bring back what has been used up.
-            log.info("millpond.objects.move_left", extra={"object": source.path, "message_id": intent.id})
+            log.warning(
+                "millpond.objects.move_unfinished",
+                extra={"object": source.path, "message_id": intent.id, "reason": "the reply to a write got lost"},
+            )
             return withdrawn
         check()
         await self._end(source, tag, intent.birth, intent.version, intent.via)

@@ -1,6 +1,7 @@
 """The names of objects: the only place that knows them.
 
     millpond.json                               which format this is
+    clock/<chance>                              written and deleted at each opening, to compare clocks
     probe.json                                  a note that the bucket's writes are conditional
     probe/<chance>/…                            what was written to find that out; removed again
     q/<namespace>/<queue>/m/<lane>/<name>       live messages
@@ -30,6 +31,7 @@ ROOT = "millpond.json"
 PROBE_NOTE = "probe.json"
 PROBES = "probe/"
 QUEUES = "q/"
+CLOCKS = "clock/"
 GROUP_LANE = "o"
 LANES = (*"0123456789", GROUP_LANE)
 
@@ -218,6 +220,11 @@ def pointer(namespace: str, queue: str, group: str) -> str:
 def markers_prefix(namespace: str, queue: str, kind: str) -> str:
     """All unique-key markers (``u``), id markers (``i``) or pointers (``g``) of a queue."""
     return f"{folder(namespace, queue)}{kind}/"
+
+
+def clock(chance: bytes) -> str:
+    """An object that tells what time it is in the bucket."""
+    return f"{CLOCKS}{chance.hex()}"
 
 
 def policy(namespace: str, queue: str) -> str:

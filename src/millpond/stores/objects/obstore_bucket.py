@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -93,7 +93,9 @@ class ObstoreBucket:
         self._clock = clock
         self._ids = ids
         self._patience = patience
-        self.on_request = on_request
+        self._on_request = on_request
+        self.on_repeat: Callable[[str, str], None] = lambda kind, name: None
+        """Told of every request that is sent again, by kind and name: for those who count calls of methods."""
         self.sent: Counter[str] = Counter()
 
     def __repr__(self) -> str:
@@ -157,7 +159,9 @@ class ObstoreBucket:
 
     async def delete(self, name: str) -> None:
         """Remove an object, if it is there. Sent at the latest `DELETE_WINDOW` seconds after the call."""
-        patience = min(self._patience, DELETE_WINDOW)
+        await self._delete(name, min(self._patience, DELETE_WINDOW))
+
+    async def _delete(self, name: str, patience: float) -> None:
         try:
             await self._send("delete", name, lambda: self._obstore.delete_async(self._small, name), patience=patience)
         except _Failed as failed:
@@ -165,27 +169,36 @@ class ObstoreBucket:
                 raise self._error(failed, "delete", name) from None
 
     async def delete_many(self, names: list[str]) -> None:
-        """Remove objects, in as few requests as the cloud allows. Repeatable; when it raises, some may be left."""
+        """Remove objects, in as few requests as the cloud allows. Repeatable; when it raises, some may be left. As with
+        ``delete``, nothing is sent later than `DELETE_WINDOW` seconds after the call."""
+        until = self._clock.monotonic() + min(self._patience, DELETE_WINDOW)
         if self.cloud.deletes == 1:
-            await self._each(names)
+            await self._each(names, until)
             return
         for start in range(0, len(names), self.cloud.deletes):
             some = names[start : start + self.cloud.deletes]
             try:
-                await self._send("delete_many", some[0], partial(self._delete_some, some))
+                await self._send("delete_many", some[0], partial(self._delete_some, some), patience=self._left(until))
             except _Failed as failed:
                 if failed.reply.outcome is not Outcome.MISSING:
                     raise self._error(failed, "delete_many", some[0]) from None
                 # Of several errors obstore tells the first, and one that is gone already is one: ask for each.
-                await self._each(some)
+                await self._each(some, until)
+
+    def _left(self, until: float) -> float:
+        left = until - self._clock.monotonic()
+        if left < 0:
+            raise OutcomeUnknown(f"deleting many in {self.where}: it takes too long, and some may be left; try again")
+        return left
 
     async def _delete_some(self, names: list[str]) -> None:
         await self._obstore.delete_async(self._open(self._clients.bulk), names)
 
-    async def _each(self, names: list[str]) -> None:
+    async def _each(self, names: list[str], until: float) -> None:
         for start in range(0, len(names), _AT_ONCE):
             done = await asyncio.gather(
-                *(self.delete(name) for name in names[start : start + _AT_ONCE]), return_exceptions=True
+                *(self._delete(name, self._left(until)) for name in names[start : start + _AT_ONCE]),
+                return_exceptions=True,
             )
             for result in done:
                 if isinstance(result, BaseException):
@@ -231,7 +244,7 @@ class ObstoreBucket:
                     self.sent["list"] -= 1  # the page before was the last, and full: nothing was asked
                 break
             entries = [_entry(meta) for meta in found]
-            wanted = [e for e in entries if e.name.startswith(prefix) and (after is None or e.name > after)]
+            wanted = [e for e in _objects(entries, prefix) if after is None or e.name > after]
             wanted.sort()
             if wanted:
                 yielded = True
@@ -243,7 +256,8 @@ class ObstoreBucket:
             yield []
 
     async def folder(self, prefix: str) -> Folder:
-        """One level below ``prefix`` (which ends with a slash); folders by their whole names."""
+        """One level below ``prefix`` (which ends with a slash); folders by their whole names. SeaweedFS shows a folder
+        for some time after its last object went."""
         path = prefix.removesuffix("/") or None
         try:
             found = await self._send(
@@ -256,7 +270,8 @@ class ObstoreBucket:
             if failed.reply.outcome is Outcome.MISSING:
                 return Folder([], [])
             raise self._error(failed, "list", prefix) from None
-        folders, entries = sorted(found["common_prefixes"]), sorted(_entry(meta) for meta in found["objects"])
+        folders = sorted(found["common_prefixes"])
+        entries = sorted(_objects(map(_entry, found["objects"]), prefix))
         more = (len(folders) + len(entries) - 1) // self.cloud.page  # obstore reads all pages
         for _ in range(more):
             self._count("list", prefix)
@@ -401,8 +416,8 @@ class ObstoreBucket:
 
     def _count(self, kind: str, name: str) -> None:
         self.sent[kind] += 1
-        if self.on_request is not None:
-            self.on_request(kind, name)
+        if self._on_request is not None:
+            self._on_request(kind, name)
 
     async def _send(
         self,
@@ -420,6 +435,8 @@ class ObstoreBucket:
         tries = 0
         while True:
             self._count(kind, name)
+            if tries:
+                self.on_repeat(kind, name)
             try:
                 return await call()
             except Exception as error:
@@ -517,6 +534,11 @@ def _entry(meta: ObjectMeta) -> Entry:
     if etag is not None and not etag.endswith('"'):
         etag = f'"{etag}"'  # Azure leaves the quotes out of listings
     return Entry(meta["path"], meta["size"], Tag(etag, meta["version"]), _ms(meta))
+
+
+def _objects(entries: Iterable[Entry], prefix: str) -> Iterator[Entry]:
+    """Those below the prefix, without what SeaweedFS says of a folder itself: an object of no bytes and no ETag."""
+    return (e for e in entries if e.name.startswith(prefix) and e.tag.etag not in {None, '""'})
 
 
 async def _parts(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

@@ -96,7 +96,7 @@ class ObjectStore:
         fenced_removals: bool = False,
         spread: bool = True,
         name: str = "objects",
-        check: Callable[[Bucket], Awaitable[None]] | None = None,
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._check = check
         self._clock = clock
@@ -158,7 +158,7 @@ class ObjectStore:
         if self._open:
             return
         if self._check is not None:
-            await self._check(self._counted)
+            await self._check()
         engine = self._engine
         content: Content | None = await engine.exchange.read(names.ROOT)
         root = records.Root(records.FORMAT, engine.ids.random(16).hex())
@@ -188,7 +188,7 @@ class ObjectStore:
 
     async def _compare_clocks(self) -> None:
         engine = self._engine
-        path = f"clock/{engine.ids.random(16).hex()}"
+        path = names.clock(engine.ids.random(16))
         started = engine.skew.started()
         made = await engine.exchange.create(path, path.encode(), insist=True)
         if not isinstance(made, Content):

@@ -60,6 +60,7 @@ class Upkeep:
         """Remove payloads without a record, unique keys that have ended, and (not counted) markers and pointers whose
         messages are gone."""
         queues = await self._reader.everywhere()
+        await self._clocks()
         ended = 0
         orphans: list[tuple[QueueName, str, str]] = []
         for name in queues:
@@ -101,6 +102,13 @@ class Upkeep:
             if blob is not None:
                 told[blob.payload] = max(told.get(blob.payload, 0), blob.written)
         return [blob for blob in blobs if blob is not None and told[blob.payload] < before]
+
+    async def _clocks(self) -> None:
+        """What those left who died while they opened the store."""
+        now = self._engine.now()
+        left = [entry.name for entry in await self._list(names.CLOCKS) if now - entry.modified > QUIET]
+        for start in range(0, len(left), _BATCH):
+            await self._engine.exchange.delete_many(left[start : start + _BATCH])
 
     async def _present(self, name: QueueName) -> dict[str, list[str]]:
         """Message id in hex → the names of its objects."""

@@ -35,6 +35,7 @@ from millpond.stores.base import (
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import OutcomeUnknown, Tag
+from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine, log
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
@@ -300,18 +301,21 @@ class Writer:
         than the request can take: nobody else may have been given the message by then. False: it may not be done; None:
         it was tried, and the replies got lost."""
         engine, record, path = self._engine, known.record, known.name.path
+        if engine.options.fenced_removals or not known.claimed or not record.leased:
+            return False
+
         outcome: bool | None = False
 
         def lasts() -> bool:
             return record.due - engine.now() > engine.options.margin
 
         for attempt in range(3):
-            if engine.options.fenced_removals or not known.claimed or not record.leased or not lasts():
-                break
             try:
-                if not await engine.exchange.delete_once(path, lasts):
-                    break
+                # Asked when the request is sent: until then it may have to wait for others.
+                await engine.exchange.delete_once(path, alone=attempt > 0, still=lasts)
                 return True
+            except TooLate:
+                break
             except OutcomeUnknown:
                 outcome = None
                 engine.doom(path, record.due)

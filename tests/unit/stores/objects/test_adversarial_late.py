@@ -167,27 +167,6 @@ async def test_after_an_ack_whose_delete_may_still_come_nobody_is_given_the_mess
     assert list(await picture(await rig.rescue())) == brought
 
 
-async def test_an_ack_is_a_delete_only_if_it_can_be_sent_in_time() -> None:
-    """Others' requests were in the way; by the time that it is this one's turn the lease is about to end."""
-    rig = Rig()
-    store, network = await scripted(rig)
-    inserted = await insert(store, fresh(1))
-    held = await apply(store, lease(inserted, NOW + 30_000))
-    assert isinstance(held, Updated)
-    slots = store._engine.exchange._slots
-    for _ in range(64):
-        await slots.acquire()
-    ack = asyncio.create_task(apply(store, Remove(inserted.item, held.mark)))
-    for _ in range(20):
-        await asyncio.sleep(0)
-    rig.clock.advance(29.5)
-    network.reset()
-    for _ in range(64):
-        slots.release()
-    assert isinstance(await ack, Removed)
-    assert [kind for kind, _ in network.calls] == ["replace", "delete"]
-
-
 @pytest.mark.parametrize("with_chosen", [False, True])
 async def test_a_late_insert_does_not_give_a_key_twice(with_chosen: bool) -> None:
     """Its caller repeats it under the key, as the error says; then the first one arrives."""
