@@ -437,8 +437,6 @@ async def test_it_is_read_ahead_while_nobody_competes() -> None:
         queue = pond.queue("q")
         other = millpond.testing.pond(store=store.inner.share(), clock=clock, seed=2)
         await other.queue("q").enqueue_many([b"x"] * 130)
-            millpond.testing.pond(store=store.inner.share(), clock=clock, seed=2).queue("q").enqueue_many([b"x"] * 130)
-        )
         for _ in range(124):
             assert len(await queue.receive()) == 1
         assert store.limits == [4, 8, 16, 32, 32, 32]

@@ -29,6 +29,8 @@ WINDOW_AGE = 2.0
 """Seconds for which messages are chosen from that listing, at most: it knows nothing of what came since."""
 WINDOWS = 64
 """Queues of which a window is kept."""
+LOOKS = 4
+"""Looks in vain at messages of which there are more."""
 GROUP_PAGES = 8
 """Pages of messages with a group after which those that were found are enough. Without the limit each look would list
 all of a long line behind few groups."""
@@ -74,9 +76,13 @@ class Lanes:
             self._add(second)
             first = second or first
         self._pages = pages
-        self._last = first[-1].name[len(self._prefix)]
+        self._last = self._lane(first[-1])
         for lane in (await self._engine.exchange.folder(self._prefix)).folders:
             self._there.setdefault(names.last_part(lane), [])
+
+    def _lane(self, entry: Entry) -> str:
+        # Empty for an object that is called as the folder is: consoles make such.
+        return entry.name[len(self._prefix) :][:1]
 
     def _add(self, page: list[Entry]) -> None:
         for seen in self._listing.parse(page, Box.LIVE):
@@ -99,7 +105,7 @@ class Lanes:
             seen = [one for one in self._listing.parse(page, Box.LIVE) if one.name.lane == lane]
             if seen:
                 yield seen
-            if page and page[-1].name[len(self._prefix)] != lane:
+            if page and self._lane(page[-1]) != lane:
                 return
 
 
@@ -157,6 +163,15 @@ class Ready:
 
         While others are met, any of the first thousand, by chance: several who see the same head of a queue would race
         for the same messages, and read them all for nothing."""
+        page = await self._look(namespace, queue, now, limit)
+        for _ in range(LOOKS):
+            if page.records or not page.more:
+                break
+            # All of them were unreadable, or gone by now; what cannot be read is left out next time.
+            page = await self._look(namespace, queue, now, limit)
+        return page
+
+    async def _look(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
         if not self._engine.rivals.get((namespace, queue), 0):
             self._windows.pop((namespace, queue), None)
             search, cut = await self._search(namespace, queue, now, limit + 1)
@@ -164,16 +179,17 @@ class Ready:
             first = await self._read(search.found[:limit], now, search)
             return ReadyPage(first, more, search.next_due)
         page = await self._choose(namespace, queue, now, limit)
-        next_due = None
         if page is None:
             search, cut = await self._search(namespace, queue, now, max(WINDOW, limit + 1))
             until = self._engine.clock.monotonic() + WINDOW_AGE
-            more = search.full or cut
+            some, more = bool(search.found), search.full or cut
             self._windows[namespace, queue] = _Window(search.found, search.since, until, search.next_due, more)
             if len(self._windows) > WINDOWS:
                 self._windows.popitem(last=False)
-            page, next_due = await self._choose(namespace, queue, now, limit), search.next_due
-        return page or ReadyPage([], False, next_due)
+            page = await self._choose(namespace, queue, now, limit)
+            if page is None:
+                return ReadyPage([], some, search.next_due)
+        return page
 
     async def _choose(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage | None:
         """Some of the window, which then are not in it any more; None when it is over, or nothing of it is left."""
@@ -292,6 +308,8 @@ class _Search:
         self._take(waiting, None)
 
     def _rank(self, standing: Standing, waiting: list[_Ranked]) -> None:
+        if self._listing.is_unreadable(standing.seen):
+            return
         if standing.due <= self._now:
             heapq.heappush(waiting, (standing.due, standing.seen.name.key, standing.seen))
         else:

@@ -117,7 +117,9 @@ class ObjectStore:
         self._listing = Listing(engine, self._moves)
         self._ready = Ready(engine, self._listing, self._groups)
         self._reader = Reader(engine, self._listing, self._groups)
-        self._upkeep = Upkeep(engine, self._markers, self._groups, self._moves, self._finder, self._blobs, self._reader)
+        self._upkeep = Upkeep(
+            engine, self._markers, self._groups, self._moves, self._finder, self._blobs, self._reader, self._listing
+        )
         self._open = self._closed = False
         self._writes = self._ops = self._conflicts = 0
         self._writing: dict[asyncio.Task[Any], set[tuple[str, str]]] = {}
