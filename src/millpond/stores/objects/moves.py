@@ -123,9 +123,10 @@ class Moves:
         self, source: Name, intent: Intent, tag: Tag, deadline: float, brings: list[NewRecord]
     ) -> dict[int, str]:
         engine = self._engine
-        # Its object is there as long as the intent is: nothing comes back by being written again (see above).
+        # Not written again if a reply was lost: the first request may yet be on its way, arrive when the message has
+        # been used up and the intent is gone, and bring it back. When the intent is old it has arrived or never will.
         results = await asyncio.gather(
-            *(engine.exchange.create(target.path, target.data, insist=True) for target in intent.targets)
+            *(engine.exchange.create(target.path, target.data, insist=False) for target in intent.targets)
         )
         for one, result in zip(brings, results, strict=False):
             if isinstance(result, Tag):
