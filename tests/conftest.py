@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from tests.servers.fixtures import azurite, google, seaweed  # noqa: F401 - fixtures
+from tests.servers.process import Server
 
 # No deadline per example: an fsync on a busy machine is not a bug. A failure prints what reproduces it.
 settings.register_profile("millpond", deadline=None, print_blob=True)
@@ -27,6 +29,17 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     asyncio.run(_alone(test, arguments))
     return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A failure shows the logs of the servers that its test used."""
+    report = yield
+    if report.failed:
+        for server in getattr(item, "funcargs", {}).values():
+            if isinstance(server, Server):
+                report.sections.append((f"Log of {server.name}", server.tail()))
+    return report
 
 
 async def _alone(test: Callable[..., Any], arguments: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
 from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
-from millpond.stores.base import Box, Conflict, Problem, QueueName, Reach, Remove, Store
+from millpond.stores.base import Box, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
 from millpond.stores.sealed import refuse_sealed
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def _split(url: str) -> SplitResult:
 def sqlite_path(url: str) -> str | None:
     """The file that an ``sqlite:`` URL names, and None for other URLs; nothing is opened. In a path, ``%``, ``?`` and
     ``#`` are written ``%25``, ``%3F`` and ``%23``. Raises InvalidInput."""
+    if _is_bucket(url):
+        return None
     parts = _split(url)
     if parts.scheme != "sqlite":
         return None
@@ -66,11 +68,22 @@ def sqlite_path(url: str) -> str | None:
     return path
 
 
+def _is_bucket(url: str) -> bool:
+    """Whether it is a bucket's URL; what is wrong with one is told without quoting it, as it may hold secrets."""
+    return url.partition(":")[0].lower() in {"s3", "gs", "az"}
+
+
 def open_store(url: str, clock: Clock) -> Store:
     """The store that a URL names, not opened yet.
 
     ``sqlite:///relative/path.db``, ``sqlite:////absolute/path.db`` (options: ``busy_timeout`` seconds, ``inline_limit``
-    and ``cache_bytes`` bytes), ``memory://``. Raises InvalidInput."""
+    and ``cache_bytes`` bytes), ``memory://``; ``s3://bucket/prefix``, ``gs://bucket/prefix``,
+    ``az://container/prefix`` (options in `millpond.stores.objects.opening`). Raises InvalidInput, and StoreError where
+    a package is missing."""
+    if _is_bucket(url):
+        from millpond.stores.objects.opening import open_object_store
+
+        return open_object_store(url, clock=clock)
     parts = _split(url)
     query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
     if parts.scheme == "memory":
@@ -96,8 +109,18 @@ def open_store(url: str, clock: Clock) -> Store:
                 options[name] = number
         _no_more(url, query)
         return SqliteStore(path, clock=clock, **options)
-    known = "sqlite:///path.db or memory://"
+    known = "sqlite:///path.db, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or memory://"
     raise InvalidInput(f"this version opens no store by {url!r}; it knows {known}")
+
+
+async def probe_store(url: str, clock: Clock | None = None) -> list[Finding]:
+    """What the storage behind a bucket's URL can do, found out by trying, line by line; [] for other stores. Some
+    hundred requests; leaves nothing behind. Raises InvalidInput, and StoreError where a package is missing."""
+    if not _is_bucket(url):
+        return []
+    from millpond.stores.objects.opening import probe_url
+
+    return await probe_url(url, clock=clock or SystemClock())
 
 
 def _no_more(url: str, query: dict[str, str]) -> None:
@@ -392,10 +415,12 @@ def connect(
 ) -> Pond:
     """A pond on the store that ``url`` names; open it with ``async with``.
 
-    ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``memory://``. With a ``keyring`` everything is encrypted
-    before it reaches the store; ``accept_plain`` then lets in what is not encrypted yet, for the time in which
-    ``pond.rekey(encrypt_plain=True)`` encrypts an existing store. Raises InvalidInput for a URL that cannot be right;
-    opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
+    ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``s3://bucket/prefix``, ``gs://bucket/prefix``,
+    ``az://container/prefix``, ``memory://``. With a ``keyring`` everything is encrypted before it reaches the store;
+    ``accept_plain`` then lets in what is not encrypted yet, for the time in which
+    ``pond.rekey(encrypt_plain=True)`` encrypts an existing store. Raises InvalidInput for a URL that cannot be right,
+    StoreError where a bucket needs a package that is not installed; opening raises StoreError, and UnknownKey for an
+    encrypted store without its keyring."""
     clock = clock or SystemClock()
     store = open_store(url, clock)
     if keyring is not None:

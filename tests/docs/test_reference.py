@@ -46,7 +46,8 @@ def test_every_error_of_the_package_is_described() -> None:
                 bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
                 if bases & raised:
                     elsewhere.add(node.name)
-    assert described == raised | elsewhere
+    # What a bucket tells the store in it, which goes no further.
+    assert described == raised | elsewhere - {"ObjectExists", "ObjectChanged"}
 
 
 def test_an_error_without_a_cure_stops_the_page() -> None:

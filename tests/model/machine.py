@@ -523,6 +523,8 @@ class Machine(RuleBasedStateMachine):
         held = self._pick(nth)
         before = self.run(self.standing())
         self.tick()
+        if not self.shares_leases:
+            which = held.which
         message = self.queue(which).handle(held.id, *held.lease)
         try:
             self.model.ack(held.id, held.lease)

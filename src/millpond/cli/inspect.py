@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from millpond.cli.output import Output
     from millpond.message import MessageView
     from millpond.pond import Pond
+    from millpond.stores.base import Finding
 
 
 @click.command(cls=Command)
@@ -201,7 +202,15 @@ def verify(settings: Settings) -> None:
     """Check the whole store and print what is wrong.
 
     Reads every record and payload. Exit code 0 when all is well, 1 when something is not.
+
+    Of a bucket it first finds out by trying what its storage can do, and how fast, with some hundred requests.
     """
+    probed = settings.probe()
+    if probed:
+        show_probe(settings.output(), probed)
+    if refused := [finding.check for finding in probed if finding.serious and not finding.ok]:
+        print(f"millpond: error: this bucket cannot hold a queue: {', '.join(refused)}", file=sys.stderr)
+        raise click.exceptions.Exit(EXIT_ERROR)
 
     async def check(pond: Pond) -> int:
         output = settings.output()
@@ -218,3 +227,24 @@ def verify(settings: Settings) -> None:
     if found := settings.run(check, existing=True):
         print(f"millpond: error: {found} problem{'' if found == 1 else 's'} found", file=sys.stderr)
         raise click.exceptions.Exit(EXIT_ERROR)
+
+
+def show_probe(output: Output, findings: list[Finding]) -> None:
+    """What was found out about a bucket, as a table or as JSON lines."""
+    if output.json:
+        for finding in findings:
+            output.record(
+                {
+                    "check": finding.check,
+                    "ok": finding.ok,
+                    "serious": finding.serious,
+                    "detail": finding.detail,
+                    "milliseconds": finding.milliseconds,
+                }
+            )
+        return
+    words = {(True, True): "ok", (True, False): "ok", (False, True): "FAILED", (False, False): "warning"}
+    output.rows(
+        ("check", "result", "found"),
+        [(finding.check, words[finding.ok, finding.serious], finding.detail) for finding in findings],
+    )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
     from millpond.pond import Pond
     from millpond.queue import Queue
+    from millpond.stores.base import Finding
 
 T = TypeVar("T")
 
@@ -84,6 +85,14 @@ class Settings:
         if not existing and self.store.startswith("memory:"):
             self.output().note("memory:// lasted no longer than this command; name a file with --store")
         return result
+
+    def probe(self) -> list[Finding]:
+        """What the storage of a bucket can do, found out by trying; [] for other stores."""
+        import asyncio
+
+        from millpond.pond import probe_store
+
+        return asyncio.run(probe_store(self.store))
 
     def store_file(self) -> str | None:
         """The path of an SQLite store; None for any other kind. Raises InvalidInput."""

@@ -398,6 +398,18 @@ class Problem(NamedTuple):
     what: str
 
 
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that was found out by trying about the storage behind a store."""
+
+    check: str
+    ok: bool
+    detail: str
+    serious: bool = True
+    """Where it is not ok, a store on this storage would lose or double messages, or could not work at all."""
+    milliseconds: float | None = None
+    """Median of a request, where that was measured."""
+
+
 class Store(Protocol):
     """What every store offers. All methods raise StoreError subclasses only; all are safe to call concurrently from
     tasks of the event loop that opened the store."""

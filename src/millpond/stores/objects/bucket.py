@@ -20,6 +20,12 @@ class Tag(NamedTuple):
     version: str | None
     """The generation, where the cloud compares these (Google)."""
 
+    def same(self, other: Tag) -> bool:
+        """Both name one version. Not the same as ==: Google's listings tell no generation, its replies do."""
+        if self.version is not None and other.version is not None:
+            return self.version == other.version
+        return self.etag is not None and self.etag == other.etag
+
 
 class Entry(NamedTuple):
     """An object in a listing."""

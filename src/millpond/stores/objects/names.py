@@ -1,6 +1,8 @@
 """The names of objects: the only place that knows them.
 
     millpond.json                               which format this is
+    probe.json                                  a note that the bucket's writes are conditional
+    probe/<chance>/…                            what was written to find that out; removed again
     q/<namespace>/<queue>/m/<lane>/<name>       live messages
     q/<namespace>/<queue>/d/<name>              dead letters
     q/<namespace>/<queue>/u/<hash>              unique-key markers
@@ -25,6 +27,8 @@ from millpond.errors import StoreCorrupt
 from millpond.stores.base import Box
 
 ROOT = "millpond.json"
+PROBE_NOTE = "probe.json"
+PROBES = "probe/"
 QUEUES = "q/"
 GROUP_LANE = "o"
 LANES = (*"0123456789", GROUP_LANE)

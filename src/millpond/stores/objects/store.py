@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -39,14 +39,17 @@ from millpond.stores.base import (
     ReadyPage,
     Remove,
     Removed,
+    Requests,
     Stored,
     Subscription,
+    Update,
     Updated,
 )
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import Bucket, Content, OutcomeUnknown
 from millpond.stores.objects.engine import MARGIN, Engine, Options, log
+from millpond.stores.objects.feed import HostFeed
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.index import BYTES, ENTRIES, Index
@@ -55,6 +58,7 @@ from millpond.stores.objects.markers import Markers
 from millpond.stores.objects.moves import Moves
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.ready import Ready
+from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.upkeep import Upkeep
 from millpond.stores.objects.writes import Writer
 
@@ -73,6 +77,9 @@ class ObjectStore:
     bound what it remembers of objects. ``margin``: milliseconds of its lease that a message must have left to be
     deleted without a condition. ``fenced_removals``: never do that, for those who let several processes answer under
     one lease. ``spread``: while claims are lost to others, do not offer the very first messages to everybody.
+    ``check`` is run at opening before anything is written, and raises if the bucket will not do.
+
+    It belongs to the event loop that opened it, and does not survive a fork: a child opens its own.
     """
 
     def __init__(
@@ -89,11 +96,16 @@ class ObjectStore:
         fenced_removals: bool = False,
         spread: bool = True,
         name: str = "objects",
+        check: Callable[[Bucket], Awaitable[None]] | None = None,
     ) -> None:
+        self._check = check
+        self._clock = clock
+        self._counted = bucket if isinstance(bucket, CountedBucket) else CountedBucket(bucket)
+        self._feed: HostFeed | None = None
         options = Options(margin=margin, fenced_removals=fenced_removals, spread=spread)
         index = Index(entries=index_entries, size=index_bytes)
         engine = self._engine = Engine(
-            bucket, clock, random_bytes=random_bytes, index=index, options=options, measure_skew=measure_skew
+            self._counted, clock, random_bytes=random_bytes, index=index, options=options, measure_skew=measure_skew
         )
         self._measure_skew = measure_skew
         self._markers = Markers(engine)
@@ -116,7 +128,7 @@ class ObjectStore:
             atomic_groups=False,
             hand_offs=True,
             conditional_delete=False,
-            change_feed=False,
+            change_feed=True,
             durable=True,
             inline_limit=inline_limit,
             takes=False,
@@ -143,20 +155,23 @@ class ObjectStore:
         self._check_open()
         if self._open:
             return
+        if self._check is not None:
+            await self._check(self._counted)
         engine = self._engine
         content: Content | None = await engine.exchange.read(names.ROOT)
+        root = records.Root(records.FORMAT, engine.ids.random(16).hex())
         if content is None:
-            root = records.Root(records.FORMAT, engine.ids.random(16).hex())
             made = await engine.exchange.create(names.ROOT, msgspec.json.encode(root), insist=True)
             content = made if isinstance(made, Content) else None
         if content is not None:
-            self._check_root(content.data)
+            root = self._read_root(content.data)
         if self._measure_skew:
             await self._compare_clocks()
+        self._feed = HostFeed(root.store, clock=self._clock)
         self._open = True
 
     @staticmethod
-    def _check_root(data: bytes) -> None:
+    def _read_root(data: bytes) -> records.Root:
         try:
             root = _root.decode(data)
         except msgspec.DecodeError as error:
@@ -167,6 +182,7 @@ class ObjectStore:
             raise StoreMismatch(
                 f"the store has format {root.format}; this Millpond reads up to {records.FORMAT}: use a newer one"
             )
+        return root
 
     async def _compare_clocks(self) -> None:
         engine = self._engine
@@ -185,6 +201,8 @@ class ObjectStore:
         self._closed = True
         while self._engine.tasks:
             await asyncio.gather(*self._engine.tasks, return_exceptions=True)
+        if self._feed is not None:
+            self._feed.close()
         await self._engine.bucket.close()
 
     def _check_open(self) -> None:
@@ -230,15 +248,13 @@ class ObjectStore:
         earlier: list[asyncio.Task[Any]] = []
         if isinstance(op, PutDocument):
             # Whoever writes a queue's document may rely on all that this process asked for before.
-            earlier = [task for task, places in self._writing.items() if (op.namespace, op.queue) in places]
+            where = place(op)
+            earlier = [task for task, places in self._writing.items() if where in places]
         return self._track(self._run(op, known, earlier), [op])
 
     def _track(self, work: Coroutine[Any, Any, T], ops: Sequence[Op]) -> asyncio.Task[T]:
         task: asyncio.Task[T] = self._engine.spawn(work)
-        self._writing[task] = {
-            (op.namespace, op.queue) if isinstance(op, PutDocument) else (op.item.namespace, op.item.queue)
-            for op in ops
-        }
+        self._writing[task] = {place(op) for op in ops}
         task.add_done_callback(lambda done: self._writing.pop(done, None))
         return task
 
@@ -264,7 +280,19 @@ class ObjectStore:
                 result = Conflict(Cause.ABORTED)
             self._conflicts += isinstance(result, Conflict)
             outcomes.append(result)
+        self._announce(ops, outcomes)
         return outcomes
+
+    def _announce(self, ops: Sequence[Op], outcomes: Sequence[Outcome]) -> None:
+        """Tell the other processes of this machine in which queues they may want to look."""
+        if self._feed is not None:
+            changed = {
+                place(op)
+                for op, outcome in zip(ops, outcomes, strict=True)
+                if _is_news(op) and not isinstance(outcome, Conflict)
+            }
+            if changed:
+                self._feed.announce(changed)
 
     async def commit(self, ops: Sequence[Op]) -> builtins.list[Outcome]:
         """One op, or a ``Remove`` followed by ``Insert`` ops. Raises StoreError for anything else."""
@@ -287,7 +315,9 @@ class ObjectStore:
         self._writes += 1
         self._ops += len(ops)
         work = self._writer.hand_off(removal, [op for op in inserts if isinstance(op, Insert)])
-        return await asyncio.shield(self._track(work, ops))
+        result = await asyncio.shield(self._track(work, ops))
+        self._announce(ops, result)
+        return result
 
     async def take(
         self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide
@@ -370,10 +400,16 @@ class ObjectStore:
         return await self._upkeep.verify()
 
     def subscribe(self, namespace: str, queue: str, callback: Callable[[], object]) -> Subscription:
-        """There is no change feed yet. Raises StoreError."""
+        """Call back soon after another process of this machine changed the queue: other machines are not heard of.
+        Raises StoreError where that cannot be had."""
         self._check_open()
-        # The change feed of one host is plugged in here, and `Capabilities.change_feed` set where it is made.
-        raise StoreError("this bucket has no change feed: look at the queue from time to time")
+        if self._feed is None:
+            raise StoreClosed("the store is not open")
+        return self._feed.subscribe(namespace, queue, callback)
+
+    def requests(self) -> dict[QueueName | None, Requests]:
+        """What was asked of the bucket so far, per queue; None stands for what is no queue's."""
+        return self._counted.requests()
 
     def statistics(self) -> dict[str, Any]:
         """writes, ops and conflicts of this store; replies that got lost; moves of others that it finished; records
@@ -386,6 +422,7 @@ class ObjectStore:
             "moves_finished": self._moves.finished,
             "known": len(self._engine.index),
             "clock_offset": self.clock_offset,
+            **({} if self._feed is None else self._feed.numbers),
         }
 
     # Last in the class: below it, ``list`` would name the method in annotations.
@@ -393,3 +430,19 @@ class ObjectStore:
         """Records of a box in order of their keys: of due time, or of entry for those with a group."""
         self._check_open()
         return await self._reader.list(namespace, queue, box, after, limit)
+
+
+def place(op: Op) -> tuple[str, str]:
+    """The queue, with its namespace, that an op is about."""
+    return (op.namespace, op.queue) if isinstance(op, PutDocument) else (op.item.namespace, op.item.queue)
+
+
+def _is_news(op: Op) -> bool:
+    """Whether others may find something to hand out, or another document, once the op went through."""
+    if isinstance(op, Update):
+        if op.box is not Box.LIVE:
+            return op.item.group is not None
+        return not op.leased or op.due < op.mark.due
+    if isinstance(op, Remove):
+        return op.item.group is not None
+    return isinstance(op, (Insert, PutDocument))

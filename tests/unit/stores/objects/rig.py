@@ -171,7 +171,7 @@ class Rig:
 
     def network(self, store: ObjectStore) -> Network:
         """What a store made by this rig goes over."""
-        network = store._engine.bucket
+        network = store._counted.inner
         assert isinstance(network, Network)
         return network
 
