@@ -71,6 +71,7 @@ class FaultProxy:
         self._drop = drop
         self._plans: list[tuple[Callable[[Request], bool], list[Fault | None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
         self.requests: list[Request] = []
         self.port = 0
 
@@ -95,9 +96,13 @@ class FaultProxy:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()  # what is still to be sent has nobody to go to
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
         await self._server.wait_closed()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -136,6 +141,7 @@ class FaultProxy:
 
     async def _forward(self, lines: list[str], body: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self._upstream)
+        self._writers.append(writer)
         headers = ((line, *(part.strip() for part in line.lower().split(":", 1))) for line in lines[1:-2])
         kept = [line for line, name, value in headers if name != "connection" and not self._drop(name, value)]
         head = "\r\n".join([lines[0], *kept, "Connection: close", "", ""])

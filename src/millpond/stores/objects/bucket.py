@@ -97,7 +97,8 @@ class Bucket(Protocol):
         each page one request; a reader that stops early saves the rest."""
 
     async def folder(self, prefix: str) -> Folder:
-        """One level below ``prefix`` (which ends with a slash)."""
+        """One level below ``prefix`` (which ends with a slash). Some servers show a folder for a while after its last
+        object went; none hides one that holds something."""
 
     async def upload(self, name: str, chunks: AsyncIterator[bytes]) -> int:
         """Stream an object in without holding it in memory, unconditionally; its size. If ``chunks`` raises nothing is

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -93,7 +93,9 @@ class ObstoreBucket:
         self._clock = clock
         self._ids = ids
         self._patience = patience
-        self.on_request = on_request
+        self._on_request = on_request
+        self.on_repeat: Callable[[str, str], None] = lambda kind, name: None
+        """Told of every request that is sent again, by kind and name: for those who count calls of methods."""
         self.sent: Counter[str] = Counter()
 
     def __repr__(self) -> str:
@@ -231,7 +233,7 @@ class ObstoreBucket:
                     self.sent["list"] -= 1  # the page before was the last, and full: nothing was asked
                 break
             entries = [_entry(meta) for meta in found]
-            wanted = [e for e in entries if e.name.startswith(prefix) and (after is None or e.name > after)]
+            wanted = [e for e in _objects(entries, prefix) if after is None or e.name > after]
             wanted.sort()
             if wanted:
                 yielded = True
@@ -243,7 +245,8 @@ class ObstoreBucket:
             yield []
 
     async def folder(self, prefix: str) -> Folder:
-        """One level below ``prefix`` (which ends with a slash); folders by their whole names."""
+        """One level below ``prefix`` (which ends with a slash); folders by their whole names. SeaweedFS shows a folder
+        for some time after its last object went."""
         path = prefix.removesuffix("/") or None
         try:
             found = await self._send(
@@ -256,7 +259,8 @@ class ObstoreBucket:
             if failed.reply.outcome is Outcome.MISSING:
                 return Folder([], [])
             raise self._error(failed, "list", prefix) from None
-        folders, entries = sorted(found["common_prefixes"]), sorted(_entry(meta) for meta in found["objects"])
+        folders = sorted(found["common_prefixes"])
+        entries = sorted(_objects(map(_entry, found["objects"]), prefix))
         more = (len(folders) + len(entries) - 1) // self.cloud.page  # obstore reads all pages
         for _ in range(more):
             self._count("list", prefix)
@@ -401,8 +405,8 @@ class ObstoreBucket:
 
     def _count(self, kind: str, name: str) -> None:
         self.sent[kind] += 1
-        if self.on_request is not None:
-            self.on_request(kind, name)
+        if self._on_request is not None:
+            self._on_request(kind, name)
 
     async def _send(
         self,
@@ -420,6 +424,8 @@ class ObstoreBucket:
         tries = 0
         while True:
             self._count(kind, name)
+            if tries:
+                self.on_repeat(kind, name)
             try:
                 return await call()
             except Exception as error:
@@ -517,6 +523,11 @@ def _entry(meta: ObjectMeta) -> Entry:
     if etag is not None and not etag.endswith('"'):
         etag = f'"{etag}"'  # Azure leaves the quotes out of listings
     return Entry(meta["path"], meta["size"], Tag(etag, meta["version"]), _ms(meta))
+
+
+def _objects(entries: Iterable[Entry], prefix: str) -> Iterator[Entry]:
+    """Those below the prefix, without what SeaweedFS says of a folder itself: an object of no bytes and no ETag."""
+    return (e for e in entries if e.name.startswith(prefix) and e.tag.etag not in {None, '""'})
 
 
 async def _parts(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:

@@ -24,7 +24,7 @@ from millpond.errors import InvalidInput, StoreError
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
 from millpond.stores.objects.clouds import Cloud
-from millpond.stores.objects.obstore_bucket import DELETE_WINDOW, PATIENCE, TIMEOUT, Clients, ObstoreBucket
+from millpond.stores.objects.obstore_bucket import DELETE_WINDOW, PART, PATIENCE, TIMEOUT, Clients, ObstoreBucket
 from millpond.stores.objects.probe import check_at_opening, probe
 from millpond.stores.objects.profile import credentials_of_profile
 from millpond.stores.objects.requests import CountedBucket
@@ -332,16 +332,16 @@ def open_object_store(url: str, *, clock: Clock) -> Store:
 
     location = parse_location(url)
     ids = IdSource(clock)
-    bucket = open_bucket(location, clock=clock, ids=ids)
-    counted = CountedBucket(bucket)
-    bucket.on_request = counted.sent
+    inner = open_bucket(location, clock=clock, ids=ids)
+    bucket = CountedBucket(inner, part_bytes=PART, batch=location.cloud.deletes)
+    inner.on_repeat = bucket.repeated
     return ObjectStore(
-        counted,
+        bucket,
         clock=clock,
         inline_limit=INLINE_LIMIT if location.inline_limit is None else location.inline_limit,
         margin=round((location.timeout + DELETE_WINDOW + _CLOCKS_APART) * 1000),
         name=location.scheme,
-        check=partial(check_at_opening, where=location.identity, clock=clock, ids=ids),
+        check=partial(check_at_opening, bucket, where=location.identity, clock=clock, ids=ids),
     )
 
 

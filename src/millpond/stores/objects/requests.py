@@ -1,8 +1,8 @@
 """Counting what a bucket is asked: a bucket around a bucket.
 
 Clouds charge for requests, so these are counted always, by kind and by the queue that they are for. A refused request
-is charged as one that went through is, and counted when it is made. A bucket that sends requests again on its own tells
-of each that it sends (`CountedBucket.sent`), and is believed.
+is charged as one that went through is, and counted when it is made. What the bucket inside repeats on its own is
+counted if it says so, by `CountedBucket.repeated`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,6 @@ def queue_of(name: str) -> QueueName | None:
     return QueueName(parts[1], parts[2]) if len(parts) == 4 and parts[0] == "q" else None
 
 
-KINDS = {
-    "create": "creates",
-    "replace": "replaces",
-    "read": "reads",
-    "download": "reads",
-    "delete": "deletes",
-    "delete_many": "deletes",
-    "list": "lists",
-    "upload": "parts",
-    "part": "parts",
-}
-"""What a bucket calls its requests → where they are counted."""
-
-
 class _Counts:
     __slots__ = Requests.__struct_fields__
 
@@ -51,6 +37,18 @@ class _Counts:
 
     def copy(self) -> Requests:
         return Requests(**{name: getattr(self, name) for name in self.__slots__})
+
+
+_FIELDS = {
+    "create": "creates",
+    "replace": "replaces",
+    "read": "reads",
+    "download": "reads",
+    "delete": "deletes",
+    "delete_many": "deletes",
+    "list": "lists",
+    "upload": "parts",
+}
 
 
 class CountedBucket:
@@ -70,29 +68,11 @@ class CountedBucket:
         self._part_bytes = part_bytes
         self._batch = batch
         self._queue_of = queue_of
-        self._told = False
         self._counts: dict[QueueName | None, _Counts] = {None: _Counts()}
 
     def requests(self) -> dict[QueueName | None, Requests]:
         """What was asked so far, per queue; None stands for what is no queue's."""
         return {queue: counts.copy() for queue, counts in self._counts.items()}
-
-    def sent(self, kind: str, name: str) -> None:
-        """The bucket inside has sent a request of one of `KINDS`. From the first of these on it counts requests, and
-        this one only bytes."""
-        self._told = True
-        self._add(self._of(name), KINDS[kind], 1)
-
-    def _note(self, name: str, what: str, count: int = 1) -> _Counts:
-        """Count, unless the bucket inside does."""
-        counts = self._of(name)
-        if not self._told:
-            self._add(counts, what, count)
-        return counts
-
-    @staticmethod
-    def _add(counts: _Counts, what: str, count: int) -> None:
-        setattr(counts, what, getattr(counts, what) + count)
 
     def _of(self, name: str) -> _Counts:
         queue = self._queue_of(name)
@@ -103,21 +83,29 @@ class CountedBucket:
             counts = self._counts[queue] = _Counts()
         return counts
 
+    def repeated(self, kind: str, name: str) -> None:
+        """The bucket inside sent a request again: ``kind`` is its method."""
+        counts, field = self._of(name), _FIELDS[kind]
+        setattr(counts, field, getattr(counts, field) + 1)
+
     async def create(self, name: str, data: bytes) -> Tag:
         """As the bucket inside."""
-        counts = self._note(name, "creates")
+        counts = self._of(name)
+        counts.creates += 1
         counts.bytes_sent += len(data)
         return await self.inner.create(name, data)
 
     async def replace(self, name: str, data: bytes, tag: Tag) -> Tag:
         """As the bucket inside."""
-        counts = self._note(name, "replaces")
+        counts = self._of(name)
+        counts.replaces += 1
         counts.bytes_sent += len(data)
         return await self.inner.replace(name, data, tag)
 
     async def read(self, name: str) -> Content | None:
         """As the bucket inside."""
-        counts = self._note(name, "reads")
+        counts = self._of(name)
+        counts.reads += 1
         content = await self.inner.read(name)
         if content is not None:
             counts.bytes_received += len(content.data)
@@ -125,24 +113,24 @@ class CountedBucket:
 
     async def delete(self, name: str) -> None:
         """As the bucket inside."""
-        self._note(name, "deletes")
+        self._of(name).deletes += 1
         await self.inner.delete(name)
 
     async def delete_many(self, names: list[str]) -> None:
         """As the bucket inside; counted for the queue of the first."""
         if names:
-            self._note(names[0], "deletes", -(-len(names) // self._batch))
+            self._of(names[0]).deletes += -(-len(names) // self._batch)
         await self.inner.delete_many(names)
 
     async def list(self, prefix: str, *, after: str | None = None) -> AsyncIterator[list[Entry]]:
         """As the bucket inside; each page is a request, and so is finding nothing."""
-        self._note(prefix, "lists")  # now: a reader that is cancelled, or fails, has asked for the first page
+        counts = self._of(prefix)
+        counts.lists += 1  # now: a reader that is cancelled, or fails, has asked for the first page
         first = True
         pages = self.inner.list(prefix, after=after)
         try:
             async for page in pages:
-                if not first:
-                    self._note(prefix, "lists")
+                counts.lists += not first
                 first = False
                 yield page
         finally:
@@ -150,9 +138,10 @@ class CountedBucket:
 
     async def folder(self, prefix: str) -> Folder:
         """As the bucket inside; each thousand of what it finds is a request."""
-        self._note(prefix, "lists")
+        counts = self._of(prefix)
+        counts.lists += 1
         found = await self.inner.folder(prefix)
-        self._note(prefix, "lists", max(0, len(found.folders) + len(found.entries) - 1) // PAGE)
+        counts.lists += max(0, len(found.folders) + len(found.entries) - 1) // PAGE
         return found
 
     async def upload(self, name: str, chunks: AsyncIterator[bytes]) -> int:
@@ -170,11 +159,12 @@ class CountedBucket:
             return await self.inner.upload(name, passed())
         finally:
             counts.bytes_sent += sent
-            self._note(name, "parts", 1 if sent <= self._part_bytes else 2 - (-sent // self._part_bytes))
+            counts.parts += 1 if sent <= self._part_bytes else 2 - (-sent // self._part_bytes)
 
     async def download(self, name: str) -> AsyncIterator[bytes]:
         """As the bucket inside."""
-        counts = self._note(name, "reads")
+        counts = self._of(name)
+        counts.reads += 1
         chunks = self.inner.download(name)
         try:
             async for chunk in chunks:

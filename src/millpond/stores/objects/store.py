@@ -96,7 +96,7 @@ class ObjectStore:
         fenced_removals: bool = False,
         spread: bool = True,
         name: str = "objects",
-        check: Callable[[Bucket], Awaitable[None]] | None = None,
+        check: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._check = check
         self._clock = clock
@@ -156,7 +156,7 @@ class ObjectStore:
         if self._open:
             return
         if self._check is not None:
-            await self._check(self._counted)
+            await self._check()
         engine = self._engine
         content: Content | None = await engine.exchange.read(names.ROOT)
         root = records.Root(records.FORMAT, engine.ids.random(16).hex())

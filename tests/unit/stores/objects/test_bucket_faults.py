@@ -30,6 +30,7 @@ from tests.servers.process import Server
 
 from millpond.errors import MillpondError, StoreBusy, StoreCorrupt, StoreError
 from millpond.model.clock import ManualClock, TimerHandle
+from millpond.stores.base import QueueName
 from millpond.stores.objects.bucket import ObjectChanged, ObjectExists, OutcomeUnknown, Tag
 from millpond.stores.objects.obstore_bucket import (
     DELETE_WINDOW,
@@ -41,6 +42,7 @@ from millpond.stores.objects.obstore_bucket import (
     ObstoreBucket,
 )
 from millpond.stores.objects.opening import open_bucket, parse_location
+from millpond.stores.objects.requests import CountedBucket
 
 Open = Callable[..., ObstoreBucket]
 
@@ -483,6 +485,24 @@ async def test_the_parts_of_an_upload_that_ends_early_are_taken_back(
         assert proxy.requests[0].method == "POST"
         # A part that was on its way may come in after it; the rule for incomplete uploads is for that.
         assert [seen.method for seen in proxy.requests if "uploadId=" in seen.path].count("DELETE") == 1
+
+
+async def test_what_is_sent_again_is_charged_again(seaweed: Server, opened: Open) -> None:
+    async with FaultProxy(seaweed.port) as proxy:
+        inner = opened(proxy.port)
+        bucket = CountedBucket(inner)
+        inner.on_repeat = bucket.repeated
+        proxy.plan(SLOW_DOWN, SLOW_DOWN)
+        tag = await bucket.create("q/n/orders/a", b"1")
+        proxy.plan(TOO_MANY)
+        await bucket.replace("q/n/orders/a", b"2", tag)
+        proxy.plan(RESET)
+        await bucket.read("q/n/orders/a")
+        proxy.plan(SLOW_DOWN)
+        await bucket.delete("q/n/orders/a")
+        counted = bucket.requests()[QueueName("n", "orders")]
+        assert (counted.creates, counted.replaces, counted.reads, counted.deletes) == (3, 2, 2, 2)
+        assert counted.total == len(proxy.requests)
 
 
 async def test_every_request_is_told_with_its_kind_and_name(seaweed: Server, opened: Open) -> None:
