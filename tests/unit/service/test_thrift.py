@@ -468,11 +468,16 @@ async def test_a_slow_worker_does_not_look_before_each_message() -> None:
 async def test_callers_that_come_at_once_share_one_read_of_the_policy() -> None:
     async with paid() as (made, pond):
         queue = pond.queue("q")
-        await asyncio.gather(*(queue.enqueue(b"x") for _ in range(20)))
-        assert made.calls["document"] == 1
-        made.clock.advance(HOUR)
-        await asyncio.gather(*(queue.enqueue(b"x") for _ in range(20)))
-        assert made.calls["document"] == 2
+        for count in (1, 2):
+            gate = Gate()
+            made.store.plan = lambda call, gate=gate: hold(gate) if call.method == "document" else None
+            calls = [asyncio.ensure_future(queue.enqueue(b"x")) for _ in range(20)]
+            await gate.reached.wait()
+            await pond.settle()
+            gate.open()
+            await asyncio.gather(*calls)
+            assert made.calls["document"] == count
+            made.clock.advance(HOUR)
 
 
 async def test_a_caller_who_leaves_takes_the_shared_read_from_nobody() -> None:
