@@ -111,15 +111,25 @@ def url(port: int, prefix: str) -> str:
     return f"s3://millpond-test/{prefix}?endpoint=http://127.0.0.1:{port}"
 
 
-def run_once(system: str, port: int, callers: int, seconds: float, number: int) -> dict[str, Any]:
-    """One run of Millpond or a peer, in a prefix or bucket of its own."""
+def run_once(system: str, port: int, callers: int, seconds: float, number: int, before: Proxy | None) -> dict[str, Any]:
+    """One run of Millpond or a peer, in a prefix or bucket of its own, and what the server was asked for it."""
+    through = before.port if before else port
     if system == "millpond":
-        process = start("bucket_worker.py", "lifecycles", url(port, f"run-{number}"), callers, seconds)
+        process = start("bucket_worker.py", "lifecycles", url(through, f"run-{number}"), callers, seconds)
+        assert process.stdout is not None
+        process.stdout.readline()
+        if before:
+            before.counts()  # Of the opening, which is the same for any number of messages.
     else:
         bucket = f"bench-{number}"
         make_bucket(port, bucket, versions=system == "buquet")
-        process = start("bucket_peers.py", system, f"http://127.0.0.1:{port}", bucket, callers, seconds)
-    return answer(process, seconds)
+        process = start("bucket_peers.py", system, f"http://127.0.0.1:{through}", bucket, callers, seconds)
+    result = answer(process, seconds)
+    # Peers are cut short when the time is up, and what they had begun is not counted as finished.
+    finished = result.get("finished", result["lifecycles"])
+    if before and finished:
+        result["server_requests_each"] = sum(before.counts().values()) / finished
+    return result
 
 
 def make_bucket(port: int, bucket: str, *, versions: bool) -> None:
@@ -142,11 +152,7 @@ def throughput(system: str, callers: int, delay: int, runs: int, seconds: float)
     with server() as port:
         for number in range(runs):
             with proxy(port, delay) if delay else contextlib.nullcontext() as before:
-                result = run_once(system, before.port if before else port, callers, seconds, number)
-                if before and result["lifecycles"]:
-                    # Opening included, and for Millpond its own first life cycle, which the server sees as well.
-                    result["server_requests_each"] = sum(before.counts().values()) / result["lifecycles"]
-                results.append(result)
+                results.append(run_once(system, port, callers, seconds, number, before))
     results.sort(key=lambda one: one["per_second"])
     middle = dict(results[len(results) // 2])
     return {**middle, "runs": [one["per_second"] for one in results]}

@@ -9,8 +9,8 @@ time is up. What they are, from their sources (each in its newest version of Nov
   create ``run/…`` on condition, delete ``queue/…``; a claimed message has a heartbeat thread. Complete: a result, a
   delete.
 - *pawn-queue*: an object per message and one per lease. Each poll lists and reads all leases, lists all messages, then
-  takes one after the other. An ack is two deletes. All callers here share a consumer that polls for as many at once as
-  there are callers: consumers of their own would each read what the others do.
+  takes one after the other. An ack is two deletes. All callers here share a consumer that polls for 16 at once, which
+  was the fastest of 4, 16 and 64: consumers of their own would each read what the others do.
 - *buquet*: a Rust core with a worker of its own, which polls shards; an object with history per task, an index object
   beside it. Its callers submit and are called back by the worker's handler; there are as many workers as callers, at
   most one for each of the 16 shards.

@@ -50,6 +50,7 @@ async def lifecycles(url: str, callers: int, seconds: float) -> dict[str, float]
     async with millpond.connect(url) as pond:
         queue = pond.queue("bench")
         await lifecycle(queue)
+        ready()
         pond.reset_requests()
         end = time.perf_counter() + seconds
         cpu = time.process_time()
@@ -66,9 +67,10 @@ async def lifecycles(url: str, callers: int, seconds: float) -> dict[str, float]
     waits.sort()
     return {
         "lifecycles": len(waits),
+        "finished": requests.acknowledged,
         "per_second": len(waits) / seconds,
-        "p50_ms": waits[len(waits) // 2] * 1e3,
-        "p99_ms": waits[int(len(waits) * 0.99)] * 1e3,
+        "p50_ms": waits[len(waits) // 2] * 1e3 if waits else 0.0,
+        "p99_ms": waits[int(len(waits) * 0.99)] * 1e3 if waits else 0.0,
         "cpu_us_each": cpu / max(1, requests.acknowledged) * 1e6,
         "requests_each": requests.per_message or 0.0,
     }
