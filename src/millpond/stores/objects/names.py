@@ -1,6 +1,7 @@
 """The names of objects: the only place that knows them.
 
     millpond.json                               which format this is
+    clock/<chance>                              written and deleted at each opening, to compare clocks
     probe.json                                  a note that the bucket's writes are conditional
     probe/<chance>/…                            what was written to find that out; removed again
     q/<namespace>/<queue>/m/<lane>/<name>       live messages
@@ -30,6 +31,7 @@ ROOT = "millpond.json"
 PROBE_NOTE = "probe.json"
 PROBES = "probe/"
 QUEUES = "q/"
+CLOCKS = "clock/"
 GROUP_LANE = "o"
 LANES = (*"0123456789", GROUP_LANE)
 
@@ -98,6 +100,11 @@ def hex_id(id: str) -> str:
     return id.replace("-", "")
 
 
+def dashed(id: str) -> str:
+    """A message id in hex with its hyphens."""
+    return f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}"
+
+
 def id_number(id: str) -> int:
     """A message id as a number: its key, if the id tells when the message is due."""
     return int(hex_id(id), 16)
@@ -158,7 +165,7 @@ def parse(path: str) -> Name:
             box,
             lane,
             int(key, 16),
-            f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}",
+            dashed(id),
             int(size, 16),
             int(expires, 16) if expires else None,
             group[:-1],
@@ -208,6 +215,11 @@ def pointer(namespace: str, queue: str, group: str) -> str:
 def markers_prefix(namespace: str, queue: str, kind: str) -> str:
     """All unique-key markers (``u``), id markers (``i``) or pointers (``g``) of a queue."""
     return f"{folder(namespace, queue)}{kind}/"
+
+
+def clock(chance: bytes) -> str:
+    """An object that tells what time it is in the bucket."""
+    return f"{CLOCKS}{chance.hex()}"
 
 
 def policy(namespace: str, queue: str) -> str:

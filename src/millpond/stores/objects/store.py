@@ -186,7 +186,7 @@ class ObjectStore:
 
     async def _compare_clocks(self) -> None:
         engine = self._engine
-        path = f"clock/{engine.ids.random(16).hex()}"
+        path = names.clock(engine.ids.random(16))
         started = engine.skew.started()
         made = await engine.exchange.create(path, path.encode(), insist=True)
         if not isinstance(made, Content):
