@@ -42,6 +42,8 @@ from millpond.stores.base import Store
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.faulty import Crash
 from millpond.stores.objects.faulty_bucket import (
+    CHANGING,
+    READING,
     Fault,
     FaultyBucket,
     Request,
@@ -50,6 +52,7 @@ from millpond.stores.objects.faulty_bucket import (
     fits,
     lost_done,
     lost_later,
+    lost_partly,
     lost_undone,
     repeated,
     skewed,
@@ -73,6 +76,7 @@ FAULTS: dict[str, Fault] = {
     "lost-undone": lost_undone(),
     "lost-and-done-soon": lost_later(1),
     "lost-and-done-much-later": lost_later(30),
+    "lost-partly": lost_partly(),
     "throttled": throttled(),
     "repeated": repeated(),
     "stale-listing": stale(6),
@@ -321,6 +325,6 @@ def test_nothing_is_lost_or_half_done_when_the_clocks_are_a_minute_apart(name: s
 def test_the_workload_does_what_it_is_for() -> None:
     requests = reference(Setting()).requests
     seen = {request.method for request in requests}
-    assert seen == {"create", "replace", "delete", "upload", "read", "list", "folder", "download"}
+    assert seen == CHANGING | READING
     parts = {request.name.split("/")[3] for request in requests if request.name.count("/") > 2}
     assert parts >= {"m", "d", "u", "g", "b", "policy"}
