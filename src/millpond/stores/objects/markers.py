@@ -20,7 +20,7 @@ from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.names import Name
-from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing
+from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Tombstone
 
 PATIENCE = 5
 """Looks at a pending marker without its message, some two seconds in all: an insert takes a tenth of that."""
@@ -108,7 +108,15 @@ class Markers:
         if await self._is_there(owner, present):
             await self._engine.exchange.swap(path, records.encode(self.confirmed(present)), content.tag)
             return taken
-        return patience <= 0
+        return patience <= 0 and await self._bar(owner, present)
+
+    async def _bar(self, owner: Name, marker: Marker) -> bool:
+        """Keep the message of a pending marker from arriving after all: its create may be on its way, and who sent it
+        dead. False: it has arrived."""
+        name = names.of_place(owner.namespace, owner.queue, marker.place)
+        stone = Tombstone(records.FORMAT, self._engine.write_id(), marker.birth, records.NEVER, "")
+        data = records.encode_tombstone(stone)
+        return isinstance(await self._engine.exchange.create(name.path, data, insist=True), Tag)
 
     async def _is_there(self, owner: Name, marker: Marker) -> bool:
         """Whether the message that a marker speaks of is in one of the boxes, or about to be."""

@@ -115,6 +115,10 @@ class Intent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     via: str
 
 
+NEVER = 0
+"""Version of a tombstone for a message that has not been there, and must not come."""
+
+
 class Tombstone(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A message was here."""
 

@@ -42,7 +42,7 @@ from millpond.stores.objects.index import Known
 from millpond.stores.objects.markers import Claim, Markers
 from millpond.stores.objects.moves import Moved, Moves, NewRecord
 from millpond.stores.objects.names import Name
-from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Text
+from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Text, Tombstone
 
 SLACK = 1000
 """Milliseconds by which a message may be due before its name says so: ids are made a moment before or after the status,
@@ -393,6 +393,8 @@ class Writer:
             if held.birth != record.birth:
                 await self.release(claims)
                 return Conflict(Cause.EXISTS, record.id)
+            if isinstance(held, Tombstone) and held.version == records.NEVER:
+                return await self._barred(claims, wanted, record)
             # It is this insert's, and somebody was fast.
         for claim, (_, _, unique) in zip(claims, wanted, strict=True):
             try:
@@ -408,6 +410,21 @@ class Writer:
                 return Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, other)
         self._blobs.used(record.namespace, record.queue, record.blob)
         return Inserted(records.item(record, name), records.mark(record, name))
+
+    async def _barred(
+        self, claims: list[Claim], wanted: list[tuple[str, Marker, Unique | None]], record: Record
+    ) -> Conflict:
+        """This insert took so long that its key or id was taken over; its message was kept out."""
+        for claim, (path, _, unique) in zip(claims, wanted, strict=True):
+            content = await self._engine.exchange.read(path)
+            present = None if content is None else records.decode(Marker, content.data, path)
+            if present is not None and present.birth != claim.marker.birth:
+                await self.release(claims)
+                return Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, present.id)
+        await self.release(claims)
+        raise StoreError(
+            f"message {record.id} was not put in: it took too long, and another process gave it up; try again"
+        )
 
     async def in_the_way(self, op: Insert) -> Conflict | None:
         """What refuses an insert, whatever its payload."""
