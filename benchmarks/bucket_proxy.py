@@ -79,7 +79,8 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port
             server_writer.write(header)
             await body(reader, server_writer, header)
     server_writer.close()
-    await back
+    with contextlib.suppress(asyncio.CancelledError):  # the proxy ends
+        await back
 
 
 async def main() -> None:
