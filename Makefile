@@ -4,6 +4,8 @@
 #   make test     linters, types, all tests
 
 VENV ?= .venv
+# Processes that run tests side by side.
+JOBS ?= auto
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
@@ -21,7 +23,7 @@ run: $(VENV)/.run.stamp  ## work off the lines of a real file, from an SQLite qu
 	@PATH="$$(cd $(BIN) && pwd):$$PATH" sh examples/access_log.sh
 
 test: lint $(VENV)/.servers.stamp  ## linters, types, then all tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.dev.stamp  ## ruff and mypy, changing nothing
 	@$(BIN)/ruff check --quiet .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import groupby
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -515,8 +516,9 @@ async def test_every_request_is_told_with_its_kind_and_name(seaweed: Server, ope
         await bucket.read("q/a")
         await listed(bucket)
         await bucket.delete("q/a")
-        assert told == [
-            ("create", "q/a"),
+        assert told[:2] == [("create", "q/a")] * 2
+        # A connection that the server has closed meanwhile makes a read be sent again, which is told as well.
+        assert [request for request, _ in groupby(told)] == [
             ("create", "q/a"),
             ("replace", "q/a"),
             ("read", "q/a"),
