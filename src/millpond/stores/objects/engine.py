@@ -15,11 +15,12 @@ from millpond.errors import StoreCorrupt, StoreError
 from millpond.model.clock import Clock, CorrectedClock
 from millpond.model.ids import IdSource
 from millpond.stores.objects import names, records
-from millpond.stores.objects.bucket import Bucket, Content, Entry, Tag
+from millpond.stores.objects.bucket import Content, Entry, Tag
 from millpond.stores.objects.exchange import Exchange
 from millpond.stores.objects.index import Index, Known, same
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Intent, Record, Tombstone
+from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.skew import Skew
 
 log = logging.getLogger("millpond.stores.objects")
@@ -77,7 +78,7 @@ class Engine:
 
     def __init__(
         self,
-        bucket: Bucket,
+        bucket: CountedBucket,
         clock: Clock,
         *,
         random_bytes: Callable[[int], bytes],
@@ -89,7 +90,7 @@ class Engine:
         self.clock = CorrectedClock(clock, lambda: self.skew.offset)
         self.ids = IdSource(self.clock, random_bytes)
         self.bucket = bucket
-        self.exchange = Exchange(bucket, clock, self.ids)
+        self.exchange = Exchange(bucket, clock, self.ids, bucket.batch)
         self.index = index
         self.options = options
         self.tasks: set[asyncio.Task[Any]] = set()

@@ -25,6 +25,7 @@ from millpond.stores.objects.bucket import (
     OutcomeUnknown,
     Tag,
 )
+from millpond.stores.objects.deletes import Deletes
 from millpond.stores.objects.index import same
 
 log = logging.getLogger("millpond.stores.objects")
@@ -43,8 +44,10 @@ REQUESTS = 64
 class Exchange:
     """A bucket, with lost replies made good where that can be done."""
 
-    def __init__(self, bucket: Bucket, clock: Clock, ids: IdSource) -> None:
+    def __init__(self, bucket: Bucket, clock: Clock, ids: IdSource, batch: int = 1) -> None:
+        """``batch``: how many objects the bucket deletes by one request."""
         self.bucket = bucket
+        self._deletes = Deletes(bucket, batch)
         self._clock = clock
         self._ids = ids
         self._slots = asyncio.Semaphore(REQUESTS)
@@ -193,8 +196,11 @@ class Exchange:
                 await self.pause(attempt)
         raise AssertionError("unreachable")
 
-    async def delete_once(self, path: str) -> None:
-        """One request, not repeated. Raises OutcomeUnknown."""
+    async def delete_once(self, path: str, *, alone: bool = True) -> None:
+        """One request, not repeated, and shared with others' unless ``alone``. Raises OutcomeUnknown."""
+        if not alone:
+            await self._deletes.delete(path)
+            return
         async with self._slots:
             await self.bucket.delete(path)
 

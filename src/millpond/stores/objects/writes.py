@@ -273,7 +273,7 @@ class Writer:
             if lasts <= engine.options.margin:
                 break
             try:
-                await engine.exchange.delete_once(known.name.path)
+                await engine.exchange.delete_once(known.name.path, alone=attempt > 0)
                 return True
             except OutcomeUnknown:
                 outcome = None
