@@ -17,9 +17,13 @@ import millpond
 from millpond import errors
 from millpond.cli.records import counts
 from millpond.model import message as records
+from millpond.pond import Pond
 from millpond.service.config import POLICY_FORMAT
 from millpond.service.states import STATE_FORMAT
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.stores.sqlite import schema
+from millpond.testing import ManualClock
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -204,3 +208,19 @@ def test_the_checklist_names_every_figure_that_can_be_watched(tmp_path: Path) ->
     figures = {name for part in shown.values() for name in part if not name.startswith("ciphers_")}
     assert len(figures) > 25
     assert (figures | fields) - named == set()
+
+
+async def test_the_checklist_names_every_figure_of_a_bucket() -> None:
+    page = (DOCS / "production" / "checklist.md").read_text()
+    table = page[page.index("On a bucket `store` has other fields") :]
+    table = table[: table.index("\n\n", table.index("\n|"))]
+    cells = " ".join(re.findall(r"^\| (.+?) \|", table, re.MULTILINE))
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)\*?`", cells))
+    clock = ManualClock()
+    async with Pond(ObjectStore(MemoryBucket(clock=clock), clock=clock, measure_skew=False), clock=clock) as pond:
+        await pond.queue("orders").enqueue(b"x")
+        shown = pond.statistics()
+    figures = {name for part in ("store", "requests") for name in shown[part]}
+    assert len(figures) > 15
+    assert {name for name in figures if not name.startswith("news_")} - named == set()
+    assert named - figures == {"news_"}
