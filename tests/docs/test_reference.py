@@ -224,3 +224,20 @@ async def test_the_checklist_names_every_figure_of_a_bucket() -> None:
     assert len(figures) > 15
     assert {name for name in figures if not name.startswith("news_")} - named == set()
     assert named - figures == {"news_"}
+
+
+# The picture of the code
+
+
+def test_every_module_of_the_store_in_a_bucket_has_its_place_in_the_picture() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    table = page[page.index("## The store in a bucket") :].split("\n\n")[2]
+    cells = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(cells))
+    modules = {path.stem for path in (SOURCE / "stores" / "objects").glob("*.py")} - {"__init__"}
+    assert sorted(named) == sorted(modules)
+    seam = ast.parse((SOURCE / "stores" / "objects" / "bucket.py").read_text())
+    [protocol] = [node for node in seam.body if isinstance(node, ast.ClassDef) and node.name == "Bucket"]
+    methods = [node for node in protocol.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert len(methods) == 10
+    assert "ten methods" in table
