@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from millpond.errors import LeaseLost, MessageNotFound, StoreCorrupt
+from millpond.errors import LeaseLost, MessageNotFound, StoreCorrupt, StoreError
 from millpond.pond import Pond
 from millpond.stores.objects import names, records
 from millpond.stores.objects.engine import OLD
@@ -331,3 +331,83 @@ async def test_an_id_marker_must_stay_while_its_message_is_there() -> None:
             await orders.get(chosen)
         assert not (await orders.enqueue(b"2", message_id=chosen)).duplicate
         assert len(bench.names(names.hex_id(chosen))) == 3
+
+
+async def test_what_is_restored_or_copied_is_handed_out_again_or_refused() -> None:
+    bench = Bench()
+    async with bench.pond() as pond:
+        orders = pond.queue("orders")
+        await orders.enqueue(b"1")
+        [message] = await orders.receive()
+        [name] = bench.names("/m/")
+        old = bench.bucket.objects[name]
+        await message.ack()
+        token = message.lease.token
+    # From an old version: held until its lease ends, and then a delivery like any other.
+    await bench.bucket.create(name, old)
+    bench.clock.advance(60)
+    async with bench.pond() as pond:
+        [again] = await pond.queue("orders").receive()
+        assert (again.payload, again.lease.token) == (b"1", token + 1)
+        # Beside itself under another key, and in another queue.
+        parsed = names.parse(name)
+        copy = name.replace(names.key_prefix(parsed.key), names.key_prefix(parsed.key + 1), 1)
+        await bench.bucket.create(copy, old)
+        foreign = name.replace("/orders/", "/invoices/")
+        await bench.bucket.create(foreign, old)
+    async with bench.pond() as pond:
+        # Their sizes say that they are held for 16 seconds after they were written.
+        bench.clock.advance(20)
+        [beside] = await pond.queue("orders").receive()
+        assert beside.id == again.id
+        assert await pond.queue("invoices").receive() == []
+        problems = {problem.where: problem.what for problem in await pond.verify()}
+    assert "copied or renamed" in problems[f"object {foreign}"]
+    assert "it is there twice" in problems[f"message {again.id}"]
+
+
+async def test_without_its_pointer_listings_keep_an_ordering_key_in_order_and_it_is_made_again() -> None:
+    bench = Bench()
+    async with bench.pond() as mine, bench.pond() as theirs:
+        for payload in (b"1", b"2"):
+            await mine.queue("orders").enqueue(payload, ordering_key="a")
+        [first] = await mine.queue("orders").receive()
+        assert first.payload == b"1"
+        await only(bench, "/g/")
+        assert await theirs.queue("orders").receive() == []
+        assert bench.names("/g/") == []
+        await first.ack()
+        bench.clock.advance(1)
+        [second] = await theirs.queue("orders").receive()
+        assert second.payload == b"2"
+        assert len(bench.names("/g/")) == 1
+
+
+async def test_an_intent_is_the_message_and_is_worked_off_after_a_minute() -> None:
+    bench = Bench()
+    async with bench.pond() as pond:
+        orders = pond.queue("orders")
+        await orders.enqueue(b"1", max_attempts=1)
+        [message] = await orders.receive()
+        real = pond.store._moves._finish  # type: ignore[attr-defined]
+
+        async def die(*_: Any) -> dict[int, str]:
+            raise StoreError("killed")
+
+        pond.store._moves._finish = die  # type: ignore[attr-defined]
+        await message.nack()
+        pond.store._moves._finish = real  # type: ignore[attr-defined]
+        [intent] = bench.names(names.hex_id(message.id))
+        assert records.form(len(bench.bucket.objects[intent])).kind == Kind.MOVING
+    async with bench.pond() as pond:
+        orders = pond.queue("orders")
+        bench.clock.advance(59)
+        await orders.receive()
+        assert bench.names(names.hex_id(message.id)) == [intent]
+        assert await pond.verify() == []
+        bench.clock.advance(2)
+        assert [problem.what for problem in await pond.verify()] == ["it is on its way, and nobody finishes that"]
+        await orders.receive()
+        await pond.store.close()
+        [dead] = bench.names(names.hex_id(message.id))
+        assert "/d/" in dead
