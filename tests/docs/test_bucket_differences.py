@@ -45,6 +45,11 @@ async def test_lists_are_in_order_of_when_messages_were_to_be_due() -> None:
             await message.nack()
         assert [dead.id for dead in await orders.dead_letters.list()] == [soon, late]
 
+        later = (await orders.enqueue(b"later", delay=20, priority=9)).message_id
+        sooner = (await orders.enqueue(b"sooner", delay=10, priority=0)).message_id
+        page = await pond.service.list_messages(None, "orders")
+        assert [record.item.id for record in page.records] == [sooner, later]
+
 
 async def test_a_pause_holds_within_a_minute_for_processes_that_are_not_told() -> None:
     bench = Bench()
@@ -127,6 +132,8 @@ async def test_a_key_whose_note_was_not_confirmed_ends_with_its_message() -> Non
                 break
             bench.clock.advance(0.05)
             await asyncio.sleep(0)
+        if not second.done():
+            second.cancel()
         receipt = await second
         assert (receipt.duplicate, receipt.message_id == first) == (False, False)
         assert 1_000 < bench.clock.now_ms() - before < 6_000
