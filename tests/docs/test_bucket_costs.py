@@ -15,11 +15,13 @@ from millpond.model.ids import IdSource
 from millpond.pond import Pond
 from millpond.queue import Queue
 from millpond.service.config import Config
+from millpond.service.ready import FIRST_PAGE
 from millpond.stores.base import Requests
 from millpond.stores.objects.engine import HALF, MARGIN, OLD
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.obstore_bucket import DELETE_WINDOW, TIMEOUT
 from millpond.stores.objects.probe import check_at_opening
+from millpond.stores.objects.ready import WINDOW
 from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.store import ObjectStore
 from millpond.testing import ManualClock
@@ -155,11 +157,12 @@ async def test_each_step_takes_the_requests_that_the_page_says() -> None:
 
 
 def test_the_seconds_of_the_page_are_those_of_the_code() -> None:
-    assert (MARGIN, OLD, HALF) == (15_000, 60_000, 30.0)
+    assert (MARGIN, OLD, HALF) == (15_000, 60_000, 30_000)
     assert TIMEOUT + 5 == MARGIN / 1000
     assert DELETE_WINDOW == 2
     assert "(15 s; a delete is sent again for two seconds only" in PAGE
     config = Config()
+    assert (FIRST_PAGE, config.thrifty_page_size, WINDOW) == (4, 128, 1000)
     assert (config.poll_interval, config.poll_max_interval) == (3.0, 60.0)
     assert (config.policy_age(True), config.policy_age(False)) == (60.0, 1.0)
     assert (config.collecting(True), config.collecting(False)) == (3600.0, 30.0)

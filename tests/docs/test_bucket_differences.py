@@ -12,6 +12,7 @@ import pytest
 from millpond.errors import StoreError
 from millpond.pond import Pond
 from millpond.stores.base import Requests
+from millpond.stores.objects import names
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.store import ObjectStore
@@ -112,31 +113,42 @@ async def test_a_clock_that_is_wrong_is_corrected_to_the_buckets() -> None:
         assert await ahead.queue("orders").receive() == []
 
 
-async def test_a_key_whose_note_was_not_confirmed_ends_with_its_message() -> None:
+async def hurry(bench: Bench, task: asyncio.Task[Any]) -> Any:
+    """Let the test's clock run until the task has ended."""
+    for _ in range(1000):
+        if task.done():
+            break
+        bench.clock.advance(0.05)
+        await asyncio.sleep(0)
+    if not task.done():
+        task.cancel()
+    return await task
+
+
+async def test_a_producer_that_died_before_its_message_holds_the_key_for_some_two_seconds() -> None:
     bench = Bench()
-    async with bench.pond() as pond:
-        orders = pond.queue("orders")
+    async with bench.pond() as dying, bench.pond() as next_one:
+        slow = asyncio.Event()
+        engine = dying.store._engine  # type: ignore[attr-defined]
+        create = engine.create_record
 
-        async def fail(claim: Any) -> str | None:
-            raise StoreError("refused")
+        async def stopped(*arguments: Any) -> Any:
+            await slow.wait()
+            return await create(*arguments)
 
-        pond.store._markers.confirm = fail  # type: ignore[attr-defined]
-        first = (await orders.enqueue(b"x", dedup_key="k")).message_id
-        [message] = await orders.receive()
-        await message.ack()
-        # Whoever comes now looks for the message for about two seconds, by the clock of the test, which it moves.
-        before = bench.clock.now_ms()
-        second = asyncio.create_task(orders.enqueue(b"x", dedup_key="k"))
-        for _ in range(1000):
-            if second.done():
-                break
-            bench.clock.advance(0.05)
+        engine.create_record = stopped
+        first = asyncio.create_task(dying.queue("orders").enqueue(b"first", dedup_key="k"))
+        for _ in range(20):
             await asyncio.sleep(0)
-        if not second.done():
-            second.cancel()
-        receipt = await second
-        assert (receipt.duplicate, receipt.message_id == first) == (False, False)
+        before = bench.clock.now_ms()
+        receipt = await hurry(bench, asyncio.create_task(next_one.queue("orders").enqueue(b"next", dedup_key="k")))
+        assert not receipt.duplicate
         assert 1_000 < bench.clock.now_ms() - before < 6_000
+        # It was not dead at all. Its message does not come any more, and it is told of the other.
+        slow.set()
+        late = await hurry(bench, first)
+        assert (late.duplicate, late.message_id) == (True, receipt.message_id)
+        assert (await next_one.queue("orders").counts()).ready == 1
 
 
 async def test_a_key_whose_note_was_not_confirmed_is_confirmed_by_the_next_while_its_message_is_there() -> None:
@@ -158,3 +170,41 @@ async def test_a_key_whose_note_was_not_confirmed_is_confirmed_by_the_next_while
         await message.ack()
         after = await orders.enqueue(b"x", dedup_key="k")
         assert (after.message_id, after.duplicate) == (first, True)
+
+
+async def test_a_key_whose_note_was_not_confirmed_outlives_its_message() -> None:
+    bench = Bench()
+    async with bench.pond() as pond:
+        orders = pond.queue("orders")
+        markers = pond.store._markers  # type: ignore[attr-defined]
+        real = markers.confirm
+
+        async def fail(claim: Any) -> str | None:
+            raise StoreError("refused")
+
+        markers.confirm = fail
+        first = (await orders.enqueue(b"x", dedup_key="k")).message_id
+        markers.confirm = real
+        [message] = await orders.receive()
+        await message.ack()
+        after = await orders.enqueue(b"x", dedup_key="k")
+        assert (after.message_id, after.duplicate) == (first, True)
+
+
+async def test_who_meets_others_chooses_by_chance_but_for_the_priority() -> None:
+    bench = Bench()
+    store = bench.store()
+    async with bench.pond(store) as mine:
+        low = [(await mine.queue("orders").enqueue(b"x")).message_id for _ in range(30)]
+        high = (await mine.queue("orders").enqueue(b"x", priority=9)).message_id
+    store = bench.store()
+    async with bench.pond(store) as mine, bench.pond() as theirs:
+        name = names.parse(next(name for name in bench.bucket.objects if "/m/4/" in name))
+        for _ in range(8):
+            store._engine.lost_claim(name)
+        got = [message.id for message in await mine.queue("orders").receive(count=20)]
+        assert got[0] == high
+        assert got[1:] != low[:19]
+        assert set(got) < {high, *low}
+        rest = [message.id for message in await theirs.queue("orders").receive(count=20)]
+        assert sorted([*got, *rest]) == sorted([*low, high])

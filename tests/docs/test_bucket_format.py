@@ -183,7 +183,7 @@ def test_every_name_that_the_store_gives_is_in_the_table() -> None:
     table = BUCKET[: BUCKET.index("### Names of messages")]
     shown = set(re.findall(r"`([^` ]+)`", table))
     given = re.findall(r"^    (\S+) {2,}", names.__doc__ or "", re.MULTILINE)
-    assert len(given) == 10
+    assert len(given) == 11
     for name in given:
         page = name.replace("<namespace>/<queue>", "default/orders").replace("probe/<chance>/…", "probe/…")
         assert page in shown, name

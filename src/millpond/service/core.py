@@ -20,7 +20,7 @@ from millpond.model.codec import decode_head, decode_status, encode
 from millpond.model.ids import IdSource
 from millpond.model.message import Status
 from millpond.service.config import Config, QueuePolicy, decode_policy, encode_policy, milliseconds
-from millpond.service.ready import MAX_AGE, THRIFTY_AGE, ReadyCache, ReadyCacheStats, Record
+from millpond.service.ready import ReadyCache, ReadyCacheStats, Record
 from millpond.stores.base import (
     Box,
     Conflict,
@@ -180,8 +180,7 @@ class Core:
         if cache is None:
             while len(self._caches) >= MAX_QUEUES:
                 self._caches.popitem(last=False)
-            age = THRIFTY_AGE if self.costs else MAX_AGE
-            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size, asleep=self.takes, max_age=age)
+            cache = self._caches[key] = ReadyCache(self.config.ready_cache_size, asleep=self.takes, paid=self.costs)
         else:
             self._caches.move_to_end(key)
         return cache
@@ -301,7 +300,8 @@ class Core:
             stats.cursor_resets += 1
         page_size = self.config.ready_page_size
         if self.costs:
-            page_size = min(page_size, max(wanted, self.config.thrifty_page_size))
+            page_size = min(page_size, max(wanted, cache.page))
+            cache.page = min(cache.page * 2, self.config.thrifty_page_size)
         limit = min(page_size, cache.capacity) + cache.inflight + len(cache.bad)
         self.looked = True
         # Cleared before the read: a change that arrives while it runs asks for another one.

@@ -420,7 +420,7 @@ class Limits(Far):
         return await self.inner.ready(namespace, queue, now, limit=limit)
 
 
-@pytest.mark.parametrize(("costs", "count", "limit"), [(True, 1, 32), (True, 100, 100), (False, 1, 512)])
+@pytest.mark.parametrize(("costs", "count", "limit"), [(True, 1, 4), (True, 100, 100), (False, 1, 512)])
 async def test_about_what_is_wanted_is_read(costs: bool, count: int, limit: int) -> None:
     clock = ManualClock()
     store = Limits(clock, requests_cost_money=costs)
@@ -428,6 +428,22 @@ async def test_about_what_is_wanted_is_read(costs: bool, count: int, limit: int)
         await pond.queue("q").enqueue_many([b"x"] * 200)
         assert len(await pond.queue("q").receive(count)) == count
         assert store.limits == [limit]
+
+
+async def test_it_is_read_ahead_while_nobody_competes() -> None:
+    clock = ManualClock()
+    store = Limits(clock, requests_cost_money=True)
+    async with millpond.testing.pond(store=store, clock=clock, config=Config(thrifty_page_size=32)) as pond:
+        queue = pond.queue("q")
+        other = millpond.testing.pond(store=store.inner.share(), clock=clock, seed=2)
+        await other.queue("q").enqueue_many([b"x"] * 130)
+        for _ in range(124):
+            assert len(await queue.receive()) == 1
+        assert store.limits == [4, 8, 16, 32, 32, 32]
+        pond.service.cache(("default", "q")).lost_race()
+        while await queue.receive():
+            pass
+        assert store.limits[6:][:2] == [4, 8]
 
 
 @pytest.mark.parametrize("page", [1, 3, 32])

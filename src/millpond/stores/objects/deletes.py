@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from millpond.errors import StoreError
 from millpond.stores.objects.bucket import Bucket, OutcomeUnknown
@@ -18,25 +19,32 @@ MOST = 100
 """Objects of one request, and less where the cloud takes less: a request that fails is asked about one by one."""
 
 
+class TooLate(Exception):
+    """It was not sent: it had to wait for so long that it might do harm by now."""
+
+
 class Deletes:
     """Deletes in ``bucket``, up to ``batch`` objects by one request."""
 
     def __init__(self, bucket: Bucket, batch: int) -> None:
         self._bucket = bucket
         self._most = min(batch, MOST)
-        self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[str, Callable[[], bool], asyncio.Future[None]]] = deque()
         self._flights: set[asyncio.Task[None]] = set()
         self._scheduled = False
 
-    async def delete(self, path: str) -> None:
-        """Remove an object, by one request that is not repeated.
+    async def delete(self, path: str, still: Callable[[], bool] = lambda: True) -> None:
+        """Remove an object, by one request that is not repeated, if ``still`` says yes when that is sent.
 
-        Raises OutcomeUnknown, also for a request that failed for another object of it; StoreError."""
+        Raises TooLate when it does not; OutcomeUnknown, also for a request that failed for another object of it;
+        StoreError."""
         if self._most == 1:
+            if not still():
+                raise TooLate
             await self._bucket.delete(path)
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((path, future))
+        self._waiting.append((path, still, future))
         if not self._scheduled:
             # Whoever else asks in this turn of the loop comes along.
             self._scheduled = True
@@ -46,7 +54,15 @@ class Deletes:
     def _send(self) -> None:
         self._scheduled = False
         while self._waiting and len(self._flights) < FLIGHTS:
-            some = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._most))]
+            some: list[tuple[str, asyncio.Future[None]]] = []
+            while self._waiting and len(some) < self._most:
+                path, still, future = self._waiting.popleft()
+                if still():
+                    some.append((path, future))
+                elif not future.done():
+                    future.set_exception(TooLate())
+            if not some:
+                return
             flight = asyncio.get_running_loop().create_task(self._fly(some))
             self._flights.add(flight)
             flight.add_done_callback(self._landed)

@@ -28,9 +28,9 @@ log = logging.getLogger("millpond.stores.objects")
 OLD = 60_000
 """Milliseconds after which what another process left half done is anybody's to finish: its writer has stopped by then
 (see `HALF`)."""
-HALF = 30.0
-"""Seconds after which a writer touches its own intent no more. The other half of `OLD` is for requests that are still
-on their way, and for clocks."""
+HALF = 30_000
+"""Milliseconds after which a writer touches its own intent no more. The other half of `OLD` is for requests that are
+still on their way, and for clocks."""
 MARGIN = 15_000
 """Milliseconds of its lease that a message must have left, for its holder to delete it without a condition: longer
 than a bucket sends such a request again and waits for its reply (2 s and 10 s), and than clocks are apart."""
@@ -100,6 +100,7 @@ class Engine:
         """Of the last message that this process has put in."""
         self._turns: dict[tuple[str, ...], _Turn] = {}
         self._left: OrderedDict[str, None] = OrderedDict()
+        self._doomed: OrderedDict[str, int] = OrderedDict()
         self.rivals: dict[tuple[str, str], int] = {}
         """Queue → claims lost to others lately; each claim that goes through takes one off."""
 
@@ -129,7 +130,15 @@ class Engine:
 
     def met(self, name: Name) -> None:
         """A message with a group was seen."""
-        self.high = max(self.high, name.key)
+        # Not at the end of time: behind that there may be no room for keys.
+        if name.time < names.LATEST:
+            self.high = max(self.high, name.key)
+
+    def limit(self, milliseconds: int) -> Callable[[], bool]:
+        """Whether less than this has passed since. By both clocks: the monotonic one of some systems stands still while
+        the machine sleeps, and the other one may be set."""
+        monotonic, wall = self.clock.monotonic() + milliseconds / 1000, self.now() + milliseconds
+        return lambda: self.clock.monotonic() < monotonic and self.now() < wall
 
     # Work that must not be cut short, and work in turn
 
@@ -210,6 +219,16 @@ class Engine:
     def has_left(self, path: str) -> bool:
         """Whether this process knows that the message is not under this name any more."""
         return path in self._left
+
+    def doom(self, path: str, until: int) -> None:
+        """A DELETE of the message was given up and may take place yet, though not after ``until``."""
+        self._doomed[path] = until
+        if len(self._doomed) > LEFT:
+            self._doomed.popitem(last=False)
+
+    def is_doomed(self, path: str) -> bool:
+        """Whether the object may vanish at any moment, whatever is written there."""
+        return path in self._doomed and self.now() <= self._doomed[path]
 
     async def fetch(self, name: Name) -> Found | None:
         """Read the object of a message; None when there is none. Raises StoreCorrupt, StoreError."""
