@@ -12,7 +12,7 @@ import pytest
 from millpond.errors import StoreError
 from millpond.pond import Pond
 from millpond.stores.base import Requests
-from millpond.stores.objects import names
+from millpond.stores.objects import names, records
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.store import ObjectStore
@@ -144,6 +144,8 @@ async def test_a_producer_that_died_before_its_message_holds_the_key_for_some_tw
         receipt = await hurry(bench, asyncio.create_task(next_one.queue("orders").enqueue(b"next", dedup_key="k")))
         assert not receipt.duplicate
         assert 1_000 < bench.clock.now_ms() - before < 6_000
+        kinds = [records.form(len(data)).kind for name, data in bench.bucket.objects.items() if "/m/" in name]
+        assert sorted(kinds) == [records.Kind.PLAIN, records.Kind.GONE]
         # It was not dead at all. Its message does not come any more, and it is told of the other.
         slow.set()
         late = await hurry(bench, first)
@@ -187,7 +189,7 @@ async def test_a_key_whose_note_was_not_confirmed_outlives_its_message() -> None
         markers.confirm = real
         [message] = await orders.receive()
         await message.ack()
-        after = await orders.enqueue(b"x", dedup_key="k")
+        after = await hurry(bench, asyncio.create_task(orders.enqueue(b"x", dedup_key="k")))
         assert (after.message_id, after.duplicate) == (first, True)
 
 
