@@ -17,9 +17,13 @@ import millpond
 from millpond import errors
 from millpond.cli.records import counts
 from millpond.model import message as records
+from millpond.pond import Pond
 from millpond.service.config import POLICY_FORMAT
 from millpond.service.states import STATE_FORMAT
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.stores.sqlite import schema
+from millpond.testing import ManualClock
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -204,3 +208,36 @@ def test_the_checklist_names_every_figure_that_can_be_watched(tmp_path: Path) ->
     figures = {name for part in shown.values() for name in part if not name.startswith("ciphers_")}
     assert len(figures) > 25
     assert (figures | fields) - named == set()
+
+
+async def test_the_checklist_names_every_figure_of_a_bucket() -> None:
+    page = (DOCS / "production" / "checklist.md").read_text()
+    table = page[page.index("On a bucket `store` has other fields") :]
+    table = table[: table.index("\n\n", table.index("\n|"))]
+    cells = " ".join(re.findall(r"^\| (.+?) \|", table, re.MULTILINE))
+    named = set(re.findall(r"`(?:\w+\.)?(\w+)\*?`", cells))
+    clock = ManualClock()
+    async with Pond(ObjectStore(MemoryBucket(clock=clock), clock=clock, measure_skew=False), clock=clock) as pond:
+        await pond.queue("orders").enqueue(b"x")
+        shown = pond.statistics()
+    figures = {name for part in ("store", "requests") for name in shown[part]}
+    assert len(figures) > 15
+    assert {name for name in figures if not name.startswith("news_")} - named == set()
+    assert named - figures == {"news_"}
+
+
+# The picture of the code
+
+
+def test_every_module_of_the_store_in_a_bucket_has_its_place_in_the_picture() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    table = page[page.index("## The store in a bucket") :].split("\n\n")[2]
+    cells = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)
+    named = re.findall(r"`(\w+)`", " ".join(cells))
+    modules = {path.stem for path in (SOURCE / "stores" / "objects").glob("*.py")} - {"__init__"}
+    assert sorted(named) == sorted(modules)
+    seam = ast.parse((SOURCE / "stores" / "objects" / "bucket.py").read_text())
+    [protocol] = [node for node in seam.body if isinstance(node, ast.ClassDef) and node.name == "Bucket"]
+    methods = [node for node in protocol.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert len(methods) == 10
+    assert "ten methods" in table
