@@ -98,6 +98,11 @@ def hex_id(id: str) -> str:
     return id.replace("-", "")
 
 
+def dashed(id: str) -> str:
+    """A message id in hex with its hyphens."""
+    return f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}"
+
+
 def id_number(id: str) -> int:
     """A message id as a number: its key, if the id tells when the message is due."""
     return int(hex_id(id), 16)
@@ -158,7 +163,7 @@ def parse(path: str) -> Name:
             box,
             lane,
             int(key, 16),
-            f"{id[:8]}-{id[8:12]}-{id[12:16]}-{id[16:20]}-{id[20:]}",
+            dashed(id),
             int(size, 16),
             int(expires, 16) if expires else None,
             group[:-1],

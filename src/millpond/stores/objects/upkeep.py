@@ -72,7 +72,11 @@ class Upkeep:
             await self._pointers(name, limit)
         if orphans:
             coming = await self._coming(queues)
-            gone = [path for _, path, _ in orphans if path not in coming][:limit]
+            gone = [
+                path
+                for name, path, id in orphans[: limit + len(coming)]
+                if path not in coming and not await self._found(name, path, id)
+            ][:limit]
             for start in range(0, len(gone), _BATCH):
                 await self._engine.exchange.delete_many(gone[start : start + _BATCH])
             for path in gone:
@@ -108,9 +112,12 @@ class Upkeep:
                     continue
             if known is not None and known.record.blob == names.last_part(path):
                 return True
-        # It may have gone to the other box since, under another name.
-        id = names.parse(present[blob.id][0]).id
-        placed = await self._finder.find(*name, id)
+        return False
+
+    async def _found(self, name: QueueName, path: str, id: str) -> bool:
+        """Whether a search for the message finds it, with this payload: a listing may have missed one that was given
+        another name just then."""
+        placed = await self._finder.find(*name, names.dashed(id))
         return placed is not None and placed.record.blob == names.last_part(path)
 
     async def _coming(self, queues: list[QueueName]) -> set[str]:
