@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from tests.servers.fixtures import azurite, google, seaweed  # noqa: F401 - fixtures
+from tests.servers.fixtures import azurite, google, make_corner, seaweed  # noqa: F401 - fixtures
 from tests.servers.process import Server
 
 # No deadline per example: an fsync on a busy machine is not a bug. A failure prints what reproduces it.
