@@ -47,9 +47,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptors kept per queue; what bounds memory under any backlog."""
     ready_page_size: int = 512
     """Descriptors fetched by one refill: large enough to share the read, small enough not to hold up the loop."""
-    thrifty_page_size: int = 32
-    """The same where requests cost money, unless more are wanted at once: enough to share the listing, and few enough
-    that processes side by side do not all pay for reading the same messages."""
+    thrifty_page_size: int = 128
+    """The same where requests cost money, unless more are wanted at once. A consumer begins with few and doubles that
+    up to this while it meets no other, so that processes side by side do not all pay for reading the same messages."""
     policy_max_age: float | None = None
     """How old this process's copy of a queue's policy may be; another process's pause takes effect within it. None: a
     second, or a minute where requests cost money."""

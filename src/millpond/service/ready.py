@@ -21,6 +21,8 @@ THRIFTY_AGE = 5.0
 """The same where a look costs money: about as much as the write that a stale record costs its taker."""
 DUE_REFRESH = 0.05
 """Seconds between refills that only follow messages coming due while there still are others to hand out."""
+FIRST_PAGE = 4
+"""Messages for which the first refill asks where looking costs money."""
 PAYLOAD_LIMIT = 16 * 1024
 """Payloads up to this size stay with the record of a local enqueue, and save the claim a read."""
 PAYLOAD_BUDGET = 8 * 1024 * 1024
@@ -110,12 +112,18 @@ class ReadyCache:
         "max_age",
         "more",
         "next_due",
+        "page",
+        "paid",
         "spread",
     )
 
-    def __init__(self, capacity: int, *, asleep: bool = False, max_age: float = MAX_AGE) -> None:
+    def __init__(self, capacity: int, *, asleep: bool = False, paid: bool = False) -> None:
         self.capacity = capacity
-        self.max_age = max_age
+        self.paid = paid
+        """Looking costs money."""
+        self.max_age = THRIFTY_AGE if paid else MAX_AGE
+        self.page = FIRST_PAGE
+        """How far a refill looks ahead where that costs money: twice as far each time while nobody competes."""
         self.asleep = asleep
         """Nobody takes candidates: it keeps none and is told of none, until the next refill."""
         self.dry = True
@@ -341,9 +349,12 @@ class ReadyCache:
         return id in self._inflight
 
     def lost_race(self) -> None:
-        """Somebody else was faster: look elsewhere next time, and look afresh."""
+        """Somebody else was faster: look elsewhere next time, and look afresh; where looking costs money, only once
+        what is at hand has been tried, and then not far ahead, since others take most of it."""
         self.spread = min(max(8, self.spread * 2), 256)
-        self.dirty = True
+        self.page = FIRST_PAGE
+        if not self.paid:
+            self.dirty = True
 
     def won_race(self) -> None:
         """A claim went through; competition fades."""

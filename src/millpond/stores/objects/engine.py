@@ -15,11 +15,12 @@ from millpond.errors import StoreCorrupt, StoreError
 from millpond.model.clock import Clock, CorrectedClock
 from millpond.model.ids import IdSource
 from millpond.stores.objects import names, records
-from millpond.stores.objects.bucket import Bucket, Content, Entry, Tag
+from millpond.stores.objects.bucket import Content, Entry, Tag
 from millpond.stores.objects.exchange import Exchange
 from millpond.stores.objects.index import Index, Known, same
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Intent, Record, Tombstone
+from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.skew import Skew
 
 log = logging.getLogger("millpond.stores.objects")
@@ -30,9 +31,9 @@ T = TypeVar("T")
 OLD = 60_000
 """Milliseconds after which what another process left half done is anybody's to finish: its writer has stopped by then
 (see `HALF`)."""
-HALF = 30.0
-"""Seconds after which a writer touches its own intent no more. The other half of `OLD` is for requests that are still
-on their way, and for clocks."""
+HALF = 30_000
+"""Milliseconds after which a writer touches its own intent no more. The other half of `OLD` is for requests that are
+still on their way, and for clocks."""
 MARGIN = 15_000
 """Milliseconds of its lease that a message must have left, for its holder to delete it without a condition: longer
 than a bucket sends such a request again and waits for its reply (2 s and 10 s), and than clocks are apart."""
@@ -80,7 +81,7 @@ class Engine:
 
     def __init__(
         self,
-        bucket: Bucket,
+        bucket: CountedBucket,
         clock: Clock,
         *,
         random_bytes: Callable[[int], bytes],
@@ -92,7 +93,7 @@ class Engine:
         self.clock = CorrectedClock(clock, lambda: self.skew.offset)
         self.ids = IdSource(self.clock, random_bytes)
         self.bucket = bucket
-        self.exchange = Exchange(bucket, clock, self.ids)
+        self.exchange = Exchange(bucket, clock, self.ids, bucket.batch)
         self.index = index
         self.options = options
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -102,6 +103,7 @@ class Engine:
         """Of the last message that this process has put in."""
         self._turns: dict[tuple[str, ...], _Turn] = {}
         self._left: OrderedDict[str, None] = OrderedDict()
+        self._doomed: OrderedDict[str, int] = OrderedDict()
         self.rivals: dict[tuple[str, str], int] = {}
         """Queue → claims lost to others lately; each claim that goes through takes one off."""
 
@@ -131,7 +133,15 @@ class Engine:
 
     def met(self, name: Name) -> None:
         """A message with a group was seen."""
-        self.high = max(self.high, name.key)
+        # Not at the end of time: behind that there may be no room for keys.
+        if name.time < names.LATEST:
+            self.high = max(self.high, name.key)
+
+    def limit(self, milliseconds: int) -> Callable[[], bool]:
+        """Whether less than this has passed since. By both clocks: the monotonic one of some systems stands still while
+        the machine sleeps, and the other one may be set."""
+        monotonic, wall = self.clock.monotonic() + milliseconds / 1000, self.now() + milliseconds
+        return lambda: self.clock.monotonic() < monotonic and self.now() < wall
 
     # Work that must not be cut short, and work in turn
 
@@ -212,6 +222,16 @@ class Engine:
     def has_left(self, path: str) -> bool:
         """Whether this process knows that the message is not under this name any more."""
         return path in self._left
+
+    def doom(self, path: str, until: int) -> None:
+        """A DELETE of the message was given up and may take place yet, though not after ``until``."""
+        self._doomed[path] = until
+        if len(self._doomed) > LEFT:
+            self._doomed.popitem(last=False)
+
+    def is_doomed(self, path: str) -> bool:
+        """Whether the object may vanish at any moment, whatever is written there."""
+        return path in self._doomed and self.now() <= self._doomed[path]
 
     async def fetch(self, name: Name) -> Found | None:
         """Read the object of a message; None when there is none. Raises StoreCorrupt, StoreError."""

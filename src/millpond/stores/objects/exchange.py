@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from millpond.errors import StoreError
 from millpond.model.clock import Clock
@@ -25,6 +25,7 @@ from millpond.stores.objects.bucket import (
     OutcomeUnknown,
     Tag,
 )
+from millpond.stores.objects.deletes import Deletes, TooLate
 from millpond.stores.objects.index import same
 
 log = logging.getLogger("millpond.stores.objects")
@@ -40,11 +41,21 @@ REQUESTS = 64
 """Requests of one store under way at once: more only queue up elsewhere."""
 
 
+class Created(NamedTuple):
+    """What came of a create."""
+
+    result: Tag | Content
+    unsure: bool
+    """A reply was lost on the way: a request that was given up may take place yet, should the name become free."""
+
+
 class Exchange:
     """A bucket, with lost replies made good where that can be done."""
 
-    def __init__(self, bucket: Bucket, clock: Clock, ids: IdSource) -> None:
+    def __init__(self, bucket: Bucket, clock: Clock, ids: IdSource, batch: int = 1) -> None:
+        """``batch``: how many objects the bucket deletes by one request."""
         self.bucket = bucket
+        self._deletes = Deletes(bucket, batch)
         self._clock = clock
         self._ids = ids
         self._slots = asyncio.Semaphore(REQUESTS)
@@ -69,22 +80,35 @@ class Exchange:
         ``insist``: where nothing is found after a lost reply it is written again. Not for what others may have found,
         used and removed meanwhile: it would come back. Raises OutcomeUnknown, StoreError.
         """
+        return (await self.create_until(path, data, insist=insist, check=None)).result
+
+    async def create_until(self, path: str, data: bytes, *, insist: bool, check: Callable[[], None] | None) -> Created:
+        """As `create`; ``check`` is called before each try, and what it raises ends them."""
+        unsure = False
         for attempt in range(ATTEMPTS):
             if attempt == 0 or insist:
                 try:
                     async with self._slots:
-                        return await self.bucket.create(path, data)
+                        if check is not None:
+                            check()
+                        return Created(await self.bucket.create(path, data), unsure)
                 except ObjectExists:
                     pass
                 except OutcomeUnknown:
                     self.unknown += 1
+                    unsure = True
                     await self.pause(attempt)
+                except StoreError as error:
+                    if unsure:
+                        # This try did not take place; one before it may have.
+                        raise _undecided(path) from error
+                    raise
             else:
                 await self.pause(attempt)
             # Some clouds say "exists" when two writes met and neither took place; so this may find nothing.
             content = await self._read_back(path)
             if content is not None:
-                return content.tag if content.data == data else content
+                return Created(content.tag if content.data == data else content, unsure)
             if insist:
                 await self.pause(attempt)
         raise _undecided(path)
@@ -93,6 +117,7 @@ class Exchange:
         """Write an object that still is the version ``tag``: its new tag, or what is there instead.
 
         Raises OutcomeUnknown, StoreError."""
+        unsure = False
         for attempt in range(ATTEMPTS):
             try:
                 async with self._slots:
@@ -101,9 +126,18 @@ class Exchange:
                 pass
             except OutcomeUnknown:
                 self.unknown += 1
+                unsure = True
                 await self.pause(attempt)
+            except StoreError as error:
+                if unsure:
+                    # This try did not take place; one before it may have, or may do so yet.
+                    raise _undecided(path) from error
+                raise
             content = await self._read_back(path)
             if content is None:
+                if unsure:
+                    # Perhaps it was written, and what was written has had its day.
+                    raise _undecided(path)
                 return None
             if content.data == data:
                 return content.tag
@@ -193,9 +227,15 @@ class Exchange:
                 await self.pause(attempt)
         raise AssertionError("unreachable")
 
-    async def delete_once(self, path: str) -> None:
-        """One request, not repeated. Raises OutcomeUnknown."""
+    async def delete_once(self, path: str, *, alone: bool = True, still: Callable[[], bool] = lambda: True) -> None:
+        """One request, not repeated, and shared with others' unless ``alone``; sent only if ``still`` says yes when its
+        turn has come. Raises TooLate, OutcomeUnknown."""
+        if not alone:
+            await self._deletes.delete(path, still)
+            return
         async with self._slots:
+            if not still():
+                raise TooLate
             await self.bucket.delete(path)
 
 

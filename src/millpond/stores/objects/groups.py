@@ -9,10 +9,13 @@ is up to their keys: the time of entry, by the clocks of those who put them in.
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 
+from millpond.errors import StoreCorrupt
 from millpond.stores.base import Box
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
+from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Pointer, Record
@@ -130,7 +133,11 @@ class Groups:
         async with self._engine.listing(prefix) as pages:
             async for page in pages:
                 for entry in page:
-                    other = names.parse(entry.name)
+                    try:
+                        other = names.parse(entry.name)
+                    except StoreCorrupt:
+                        # Somebody else's object; listings of the queue report it.
+                        continue
                     kind = records.form(entry.size).kind
                     if other.group == name.group and kind not in (records.Kind.GONE, records.Kind.MOVING):
                         self.first(other)
@@ -142,9 +149,13 @@ class Groups:
         pointer = records.decode(Pointer, content.data, path)
         if not pointer.going and not await self._has_left(names.of_place(namespace, queue, pointer.place)):
             return False
+        in_time = self._engine.limit(GOING // 2)
         result = await self._engine.exchange.swap(path, self._encode(pointer.place, going=True), content.tag)
         if not isinstance(result, Tag):
             return False
         self._known.pop((namespace, queue, names.last_part(path)), None)
-        await self._engine.exchange.delete_once(path)
-        return True
+        # Where the reply took long, others may be about to move it on: it is left to the next sweep.
+        with suppress(TooLate):
+            await self._engine.exchange.delete_once(path, still=in_time)
+            return True
+        return False

@@ -10,6 +10,7 @@ one that says it is going, which nobody takes over while the delete may be on it
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -18,9 +19,10 @@ from millpond.errors import StoreError
 from millpond.stores.base import Box, Cause, Conflict, Unique
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
+from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.names import Name
-from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing
+from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Tombstone
 
 PATIENCE = 5
 """Looks at a pending marker without its message, some two seconds in all: an insert takes a tenth of that."""
@@ -105,10 +107,30 @@ class Markers:
         taken = Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, present.id)
         if present.standing == Standing.CONFIRMED:
             return taken if unique is not None or await self._is_there(owner, present) else True
-        if await self._is_there(owner, present):
+        if await self._is_there(owner, present) or (patience <= 0 and not await self._fence(owner, present)):
             await self._engine.exchange.swap(path, records.encode(self.confirmed(present)), content.tag)
             return taken
         return patience <= 0
+
+    async def _fence(self, owner: Name, marker: Marker) -> bool:
+        """Take the name that a pending marker's message has not taken yet, so that it will not come at all, however
+        slow its writer or his request are; False: it was there after all."""
+        engine = self._engine
+        name = names.of_place(owner.namespace, owner.queue, marker.place)
+        stone = Tombstone(records.FORMAT, engine.write_id(), engine.ids.random(records.BIRTH_BYTES), 1, "")
+        result = await engine.exchange.create(name.path, records.encode_tombstone(stone), insist=True)
+        if isinstance(result, Tag):
+            return True
+        held = records.decode_held(result.data, name.path)
+        return isinstance(held, Tombstone) or held.birth != marker.birth
+
+    async def other(self, claim: Claim) -> str | None:
+        """The id of the message that has taken a marker over from this claim; None if none has yet."""
+        content = await self._engine.exchange.read(claim.path)
+        if content is None:
+            return None
+        present = records.decode(Marker, content.data, claim.path)
+        return None if present.birth == claim.marker.birth else present.id
 
     async def _is_there(self, owner: Name, marker: Marker) -> bool:
         """Whether the message that a marker speaks of is in one of the boxes, or about to be."""
@@ -192,12 +214,28 @@ class Markers:
     async def remove(self, path: str, content: Content) -> bool:
         """Delete a marker that has lost its meaning, if nobody has given it a new one meanwhile."""
         marker = records.decode(Marker, content.data, path)
+        if marker.standing == Standing.GOING and self._engine.now() - content.modified <= GOING:
+            # The delete of who said so may be on its way: it must not find what comes after this one's.
+            return False
         going = msgspec.structs.replace(marker, write_id=self._engine.write_id(), standing=Standing.GOING)
+        in_time = self._engine.limit(GOING // 2)
         result = await self._engine.exchange.swap(path, records.encode(going), content.tag)
         if not isinstance(result, Tag):
             return False
-        await self._engine.exchange.delete_once(path)
-        return True
+        # Where the reply took long, others may be about to take it over: it is left to the next sweep.
+        with suppress(TooLate):
+            await self._engine.exchange.delete_once(path, still=in_time)
+            return True
+        return False
+
+    async def redeem(self, path: str, birth: bytes) -> None:
+        """The message with this birth is there, and about to go: see to it that its marker is confirmed."""
+        content = await self._engine.exchange.read(path)
+        if content is None:
+            return
+        marker = records.decode(Marker, content.data, path)
+        if marker.birth == birth and marker.standing == Standing.PENDING:
+            await self._engine.exchange.swap(path, records.encode(self.confirmed(marker)), content.tag)
 
     def goal(self, claim: Claim, target: int) -> Goal:
         """What an intent says of a marker that belongs to one of its targets."""

@@ -12,6 +12,7 @@ object it came out of, and until that is known to be gone a removal leaves a tom
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -38,6 +39,17 @@ class Moved(NamedTuple):
 
     withdrawn: dict[int, str]
     """Number of a target that had to go again → the message that has its unique key or id."""
+
+
+def _deadline(engine: Engine) -> Callable[[], None]:
+    """Raises StoreError when its time is over for a writer to touch its own intent."""
+    in_time = engine.limit(HALF)
+
+    def check() -> None:
+        if not in_time():
+            raise StoreError("it takes too long; whoever meets the object will finish it")
+
+    return check
 
 
 class Moves:
@@ -74,7 +86,7 @@ class Moves:
             blob,
             record.via,
         )
-        deadline = engine.clock.monotonic() + HALF
+        check = _deadline(engine)
         try:
             result = await engine.exchange.swap(source.path, records.encode_intent(intent), known.tag)
         except BaseException:
@@ -85,7 +97,7 @@ class Moves:
             return None if result is None else await self._instead(source, result, write_id)
         engine.leave(source.path)
         try:
-            withdrawn = await self._finish(source, intent, result, deadline, brings)
+            withdrawn = await self._finish(source, intent, result, check, brings)
         except StoreError as error:
             log.warning(
                 "millpond.objects.move_unfinished",
@@ -106,7 +118,7 @@ class Moves:
 
         One at a time: who takes it over makes it young again."""
         engine = self._engine
-        deadline = engine.clock.monotonic() + HALF
+        check = _deadline(engine)
         found = await engine.fetch(source)
         if found is None or not isinstance(found.held, Intent) or engine.now() - found.modified <= OLD:
             return False
@@ -114,25 +126,28 @@ class Moves:
         result = await engine.exchange.swap(source.path, records.encode_intent(intent), found.tag)
         if not isinstance(result, Tag):
             return False
-        await self._finish(source, intent, result, deadline, [])
+        await self._finish(source, intent, result, check, [])
         self.finished += 1
         log.info("millpond.objects.move_finished", extra={"object": source.path, "message_id": intent.id})
         return True
 
     async def _finish(
-        self, source: Name, intent: Intent, tag: Tag, deadline: float, brings: list[NewRecord]
+        self, source: Name, intent: Intent, tag: Tag, check: Callable[[], None], brings: list[NewRecord]
     ) -> dict[int, str]:
         engine = self._engine
         # Its object is there as long as the intent is: nothing comes back by being written again (see above).
-        results = await asyncio.gather(
-            *(engine.exchange.create(target.path, target.data, insist=True) for target in intent.targets)
+        created = await asyncio.gather(
+            *(
+                engine.exchange.create_until(target.path, target.data, insist=True, check=check)
+                for target in intent.targets
+            )
         )
-        for one, result in zip(brings, results, strict=False):
+        for one, (result, _) in zip(brings, created, strict=False):
             if isinstance(result, Tag):
                 engine.index.put(one.name, result, one.record)
         withdrawn: dict[int, str] = {}
         for goal in intent.goals:
-            self._check_time(deadline)
+            check()
             marker = records.decode(Marker, goal.data, goal.path)
             if goal.target < 0:
                 await self._markers.point(source.namespace, source.queue, goal.path, marker)
@@ -142,7 +157,15 @@ class Moves:
                 target = intent.targets[goal.target]
                 await self.withdraw(names.parse(target.path), target.birth)
                 withdrawn[goal.target] = other
-        self._check_time(deadline)
+        if any(unsure for _, unsure in created):
+            # A create that was given up may arrive yet. As long as the intent is there it finds its name taken, if only
+            # by a tombstone; later it would bring back what has been used up.
+            log.warning(
+                "millpond.objects.move_unfinished",
+                extra={"object": source.path, "message_id": intent.id, "reason": "the reply to a write got lost"},
+            )
+            return withdrawn
+        check()
         await self._end(source, tag, intent.birth, intent.version, intent.via)
         for one in brings:
             known = engine.index.get(one.name.path)
@@ -153,10 +176,6 @@ class Moves:
         if intent.blob:
             await engine.exchange.delete(names.blobs_prefix(source.namespace, source.queue) + intent.blob)
         return withdrawn
-
-    def _check_time(self, deadline: float) -> None:
-        if self._engine.clock.monotonic() > deadline:
-            raise StoreError("it takes too long; whoever meets the object will finish it")
 
     # Ends of objects
 

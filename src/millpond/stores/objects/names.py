@@ -1,6 +1,7 @@
 """The names of objects: the only place that knows them.
 
     millpond.json                               which format this is
+    clock/<chance>                              written and deleted at each opening, to compare clocks
     probe.json                                  a note that the bucket's writes are conditional
     probe/<chance>/…                            what was written to find that out; removed again
     q/<namespace>/<queue>/m/<lane>/<name>       live messages
@@ -8,7 +9,7 @@
     q/<namespace>/<queue>/u/<hash>              unique-key markers
     q/<namespace>/<queue>/i/<id>                id markers
     q/<namespace>/<queue>/g/<hash>              which message of an ordering group is the first
-    q/<namespace>/<queue>/b/<id>-<time>-<chance>   payloads stored apart
+    q/<namespace>/<queue>/b/<id>-<time>-<chance>   payloads stored apart; with .<time> a sign that one is on its way
     q/<namespace>/<queue>/policy                the queue's document
 
 The lane of a live message is ``9 - priority``, so that what is to be handed out first is listed first, or ``o`` if it
@@ -30,6 +31,7 @@ ROOT = "millpond.json"
 PROBE_NOTE = "probe.json"
 PROBES = "probe/"
 QUEUES = "q/"
+CLOCKS = "clock/"
 GROUP_LANE = "o"
 LANES = (*"0123456789", GROUP_LANE)
 
@@ -195,9 +197,14 @@ def after_key(key: int) -> str:
     return f"{key:032x}~"
 
 
+def key_hash(key: str) -> str:
+    """A unique key as names tell of it."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def unique_marker(namespace: str, queue: str, key: str) -> str:
     """The marker of a unique key."""
-    return f"{folder(namespace, queue)}u/{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return f"{folder(namespace, queue)}u/{key_hash(key)}"
 
 
 def id_marker(namespace: str, queue: str, id: str) -> str:
@@ -215,6 +222,11 @@ def markers_prefix(namespace: str, queue: str, kind: str) -> str:
     return f"{folder(namespace, queue)}{kind}/"
 
 
+def clock(chance: bytes) -> str:
+    """An object that tells what time it is in the bucket."""
+    return f"{CLOCKS}{chance.hex()}"
+
+
 def policy(namespace: str, queue: str) -> str:
     """The queue's document."""
     return f"{folder(namespace, queue)}policy"
@@ -227,6 +239,9 @@ class BlobName(NamedTuple):
     id: str
     """The message's id in hex, without hyphens."""
     written: int
+    """When its upload began; of a sign of life, when that was given."""
+    payload: str
+    """The name of the payload; another than its own for a sign of life."""
 
 
 def blobs_prefix(namespace: str, queue: str) -> str:
@@ -239,13 +254,21 @@ def blob(namespace: str, queue: str, id: str, written: int, chance: bytes) -> st
     return f"{hex_id(id)}-{min(max(written, 0), LATEST):012x}-{chance.hex()}"
 
 
+def sign_of_life(blob: str, time: int) -> str:
+    """The name of an object that says that the upload of this payload was going on."""
+    return f"{blob}.{min(max(time, 0), LATEST):012x}"
+
+
 def parse_blob(path: str) -> BlobName | None:
-    """Take a payload's name apart; None when it is none."""
-    parts = path.rsplit("/", 1)[-1].split("-")
+    """Take the name of a payload, or of a sign of life, apart; None when it is none."""
+    last = path.rsplit("/", 1)[-1]
+    told, dot, later = last.partition(".")
+    parts = told.split("-")
     try:
         if len(parts) != 3 or len(parts[0]) != 32:
             return None
-        return BlobName(path, parts[0], int(parts[1], 16))
+        payload = path[: len(path) - len(dot) - len(later)]
+        return BlobName(path, parts[0], int(later if dot else parts[1], 16), payload)
     except ValueError:
         return None
 

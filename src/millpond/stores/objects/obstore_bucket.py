@@ -159,7 +159,9 @@ class ObstoreBucket:
 
     async def delete(self, name: str) -> None:
         """Remove an object, if it is there. Sent at the latest `DELETE_WINDOW` seconds after the call."""
-        patience = min(self._patience, DELETE_WINDOW)
+        await self._delete(name, min(self._patience, DELETE_WINDOW))
+
+    async def _delete(self, name: str, patience: float) -> None:
         try:
             await self._send("delete", name, lambda: self._obstore.delete_async(self._small, name), patience=patience)
         except _Failed as failed:
@@ -167,27 +169,36 @@ class ObstoreBucket:
                 raise self._error(failed, "delete", name) from None
 
     async def delete_many(self, names: list[str]) -> None:
-        """Remove objects, in as few requests as the cloud allows. Repeatable; when it raises, some may be left."""
+        """Remove objects, in as few requests as the cloud allows. Repeatable; when it raises, some may be left. As with
+        ``delete``, nothing is sent later than `DELETE_WINDOW` seconds after the call."""
+        until = self._clock.monotonic() + min(self._patience, DELETE_WINDOW)
         if self.cloud.deletes == 1:
-            await self._each(names)
+            await self._each(names, until)
             return
         for start in range(0, len(names), self.cloud.deletes):
             some = names[start : start + self.cloud.deletes]
             try:
-                await self._send("delete_many", some[0], partial(self._delete_some, some))
+                await self._send("delete_many", some[0], partial(self._delete_some, some), patience=self._left(until))
             except _Failed as failed:
                 if failed.reply.outcome is not Outcome.MISSING:
                     raise self._error(failed, "delete_many", some[0]) from None
                 # Of several errors obstore tells the first, and one that is gone already is one: ask for each.
-                await self._each(some)
+                await self._each(some, until)
+
+    def _left(self, until: float) -> float:
+        left = until - self._clock.monotonic()
+        if left < 0:
+            raise OutcomeUnknown(f"deleting many in {self.where}: it takes too long, and some may be left; try again")
+        return left
 
     async def _delete_some(self, names: list[str]) -> None:
         await self._obstore.delete_async(self._open(self._clients.bulk), names)
 
-    async def _each(self, names: list[str]) -> None:
+    async def _each(self, names: list[str], until: float) -> None:
         for start in range(0, len(names), _AT_ONCE):
             done = await asyncio.gather(
-                *(self.delete(name) for name in names[start : start + _AT_ONCE]), return_exceptions=True
+                *(self._delete(name, self._left(until)) for name in names[start : start + _AT_ONCE]),
+                return_exceptions=True,
             )
             for result in done:
                 if isinstance(result, BaseException):

@@ -20,6 +20,9 @@ from millpond.stores.objects.records import Kind
 A = TypeVar("A")
 T = TypeVar("T")
 
+PLENTY = 10_000
+"""Expired messages held in memory beyond those that are wanted: there may be millions."""
+
 
 class Reader:
     """Answers questions about whole queues."""
@@ -122,6 +125,8 @@ class Reader:
                     over = standing.expires is not None and standing.expires <= now
                     if over and not (standing.leased and standing.due > now):
                         found.append((standing.expires or 0, standing.seen.name.key, standing.seen))
+                if len(found) > limit + PLENTY:
+                    found = heapq.nsmallest(limit, found)
         result = []
         for known in await self._listing.read([seen for _, _, seen in heapq.nsmallest(limit, found)], since):
             record = known.record

@@ -7,10 +7,12 @@ each up to the first message whose time has not come.
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
+from typing import NamedTuple
 
-from millpond.stores.base import Box, ReadyPage
+from millpond.stores.base import Box, ReadyPage, Stored
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Entry
 from millpond.stores.objects.engine import Engine
@@ -21,8 +23,14 @@ from millpond.stores.objects.writes import SLACK
 
 LONG = 1000
 """A page of so many objects is hardly the only one."""
-SPREAD = 4
-"""How many times as many messages are looked at, while others are met, as are asked for."""
+WINDOW = 1000
+"""Messages that a listing is searched for while others are met: about what its first page holds."""
+WINDOW_AGE = 2.0
+"""Seconds for which messages are chosen from that listing, at most: it knows nothing of what came since."""
+WINDOWS = 64
+"""Queues of which a window is kept."""
+LOOKS = 4
+"""Looks in vain at messages of which there are more."""
 GROUP_PAGES = 8
 """Pages of messages with a group after which those that were found are enough. Without the limit each look would list
 all of a long line behind few groups."""
@@ -68,9 +76,13 @@ class Lanes:
             self._add(second)
             first = second or first
         self._pages = pages
-        self._last = first[-1].name[len(self._prefix)]
+        self._last = self._lane(first[-1])
         for lane in (await self._engine.exchange.folder(self._prefix)).folders:
             self._there.setdefault(names.last_part(lane), [])
+
+    def _lane(self, entry: Entry) -> str:
+        # Empty for an object that is called as the folder is: consoles make such.
+        return entry.name[len(self._prefix) :][:1]
 
     def _add(self, page: list[Entry]) -> None:
         for seen in self._listing.parse(page, Box.LIVE):
@@ -93,7 +105,7 @@ class Lanes:
             seen = [one for one in self._listing.parse(page, Box.LIVE) if one.name.lane == lane]
             if seen:
                 yield seen
-            if page and page[-1].name[len(self._prefix)] != lane:
+            if page and self._lane(page[-1]) != lane:
                 return
 
 
@@ -126,6 +138,17 @@ class Heads:
         return [self._better.get(group, first) for group, first in self._first.items()]
 
 
+class _Window(NamedTuple):
+    """What a listing has shown to be ready, less what was chosen from it."""
+
+    found: list[Seen]
+    since: int
+    until: float
+    """Monotonic seconds."""
+    next_due: int | None
+    more: bool
+
+
 class Ready:
     """Answers what is ready."""
 
@@ -133,12 +156,78 @@ class Ready:
         self._engine = engine
         self._listing = listing
         self._groups = groups
+        self._windows: OrderedDict[tuple[str, str], _Window] = OrderedDict()
 
     async def ready(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
-        """The first ``limit`` records that are due at ``now`` and not blocked by their group."""
+        """The first ``limit`` records that are due at ``now`` and not blocked by their group.
+
+        While others are met, any of the first thousand, by chance: several who see the same head of a queue would race
+        for the same messages, and read them all for nothing."""
+        page = await self._look(namespace, queue, now, limit)
+        for _ in range(LOOKS):
+            if page.records or not page.more:
+                break
+            # All of them were unreadable, or gone by now; what cannot be read is left out next time.
+            page = await self._look(namespace, queue, now, limit)
+        return page
+
+    async def _look(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
+        if not self._engine.rivals.get((namespace, queue), 0):
+            self._windows.pop((namespace, queue), None)
+            search, cut = await self._search(namespace, queue, now, limit + 1)
+            more = len(search.found) > limit or (cut and bool(search.found))
+            first = await self._read(search.found[:limit], now, search)
+            return ReadyPage(first, more, search.next_due)
+        page = await self._choose(namespace, queue, now, limit)
+        if page is None:
+            search, cut = await self._search(namespace, queue, now, max(WINDOW, limit + 1))
+            until = self._engine.clock.monotonic() + WINDOW_AGE
+            some, more = bool(search.found), search.full or cut
+            self._windows[namespace, queue] = _Window(search.found, search.since, until, search.next_due, more)
+            if len(self._windows) > WINDOWS:
+                self._windows.popitem(last=False)
+            page = await self._choose(namespace, queue, now, limit)
+            if page is None:
+                return ReadyPage([], some, search.next_due)
+        return page
+
+    async def _choose(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage | None:
+        """Some of the window, which then are not in it any more; None when it is over, or nothing of it is left."""
+        window = self._windows.get((namespace, queue))
+        if window is None or self._engine.clock.monotonic() > window.until:
+            return None
+        found = window.found
+        chosen: list[Seen] = []
+        alike = 0
+        while found and len(chosen) < limit:
+            if not alike:
+                # Higher priorities first, whoever else is about.
+                alike = sum(seen.name.priority == found[0].name.priority for seen in found)
+            chosen.append(found.pop(self._engine.ids.below(alike)))
+            alike -= 1
+        chosen.sort(key=lambda seen: (-(seen.name.priority or 0), seen.name.key))
+        result = await self._read(chosen, now, window)
+        if len(result) * 2 < len(chosen):
+            # Others have taken most of it.
+            self._windows.pop((namespace, queue), None)
+        return ReadyPage(result, bool(found) or window.more, window.next_due) if result else None
+
+    async def _read(self, chosen: list[Seen], now: int, seen_by: _Window | _Search) -> list[Stored]:
+        result = []
+        for known in await self._listing.read(chosen, seen_by.since):
+            record = known.record
+            if record.due > now:
+                # Somebody was given it since it was listed.
+                if isinstance(seen_by, _Search):
+                    seen_by.coming(record.due)
+                continue
+            result.append(records.stored(record, known.name))
+        return result
+
+    async def _search(self, namespace: str, queue: str, now: int, wanted: int) -> tuple[_Search, bool]:
+        """The first messages that are due, so many; and whether there may be more groups than were looked at."""
         since = self._engine.index.seq
-        rivals = self._engine.rivals.get((namespace, queue), 0)
-        search = _Search(self._listing, now, limit + 1 + (limit * SPREAD if rivals else 0), since)
+        search = _Search(self._listing, now, wanted, since)
         async with Lanes(self._engine, self._listing, namespace, queue) as lanes:
             heads, cut = await self._heads(lanes, namespace, queue, now, since)
             for priority in range(9, -1, -1):
@@ -147,23 +236,7 @@ class Ready:
                     await search.lane(pages, mine)
                 if search.full:
                     break
-        more = len(search.found) > limit or (cut and bool(search.found))
-        start = self._somewhere(search.found, limit) if rivals else 0
-        result = []
-        for known in await self._listing.read(search.found[start : start + limit], since):
-            record = known.record
-            if record.due > now:
-                # Somebody was given it since it was listed.
-                search.coming(record.due)
-                continue
-            result.append(records.stored(record, known.name))
-        return ReadyPage(result, more, search.next_due)
-
-    def _somewhere(self, found: list[Seen], limit: int) -> int:
-        """Where to begin among those of the first one's priority: several who see the same head of a queue would race
-        for the same messages, and read them all for nothing."""
-        alike = sum(seen.name.priority == found[0].name.priority for seen in found) if found else 0
-        return self._engine.ids.below(alike - limit + 1) if alike > limit else 0
+        return search, cut
 
     async def _heads(
         self, lanes: Lanes, namespace: str, queue: str, now: int, since: int
@@ -195,7 +268,7 @@ class _Search:
         self._listing = listing
         self._now = now
         self._wanted = wanted
-        self._since = since
+        self.since = since
         self.found: list[Seen] = []
         self.next_due: int | None = None
 
@@ -220,7 +293,7 @@ class _Search:
             due = [seen for seen in page if seen.name.time <= self._now + SLACK]
             for start in range(0, len(due), SLICE):
                 part = due[start : start + SLICE]
-                for standing in await self._listing.standings(part, self._now, self._since):
+                for standing in await self._listing.standings(part, self._now, self.since):
                     self._rank(standing, waiting)
                 # What comes later in the lane is not due before this.
                 self._take(waiting, part[-1].name.time - SLACK)
@@ -235,6 +308,8 @@ class _Search:
         self._take(waiting, None)
 
     def _rank(self, standing: Standing, waiting: list[_Ranked]) -> None:
+        if self._listing.is_unreadable(standing.seen):
+            return
         if standing.due <= self._now:
             heapq.heappush(waiting, (standing.due, standing.seen.name.key, standing.seen))
         else:
@@ -247,7 +322,7 @@ class _Search:
     def _look_ahead(self, later: list[Seen]) -> None:
         """When the first of those that are not due yet will be."""
         for seen in later:
-            standing = self._listing.standing(seen, self._now, self._since)
+            standing = self._listing.standing(seen, self._now, self.since)
             self.coming(seen.name.time if standing is None else max(standing.due, self._now + 1))
             if seen.kind == Kind.PLAIN:
                 return

@@ -78,6 +78,9 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     the move would write it again. Empty when it is known to be gone."""
     keys: tuple[bytes, ...] = ()
     """The keys that it had before, the last few: who has seen it under one of them means this record."""
+    pledge: str = ""
+    """The hash of its unique key, while that may not be confirmed. Who removes the message sees to it first: of a
+    pending marker without a message others think that the message never came."""
 
 
 class Target(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -66,7 +66,7 @@ class CountedBucket:
         request."""
         self.inner = inner
         self._part_bytes = part_bytes
-        self._batch = batch
+        self.batch = batch
         self._queue_of = queue_of
         self._counts: dict[QueueName | None, _Counts] = {None: _Counts()}
 
@@ -119,7 +119,7 @@ class CountedBucket:
     async def delete_many(self, names: list[str]) -> None:
         """As the bucket inside; counted for the queue of the first."""
         if names:
-            self._of(names[0]).deletes += -(-len(names) // self._batch)
+            self._of(names[0]).deletes += -(-len(names) // self.batch)
         await self.inner.delete_many(names)
 
     async def list(self, prefix: str, *, after: str | None = None) -> AsyncIterator[list[Entry]]:

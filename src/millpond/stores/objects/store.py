@@ -117,7 +117,9 @@ class ObjectStore:
         self._listing = Listing(engine, self._moves)
         self._ready = Ready(engine, self._listing, self._groups)
         self._reader = Reader(engine, self._listing, self._groups)
-        self._upkeep = Upkeep(engine, self._markers, self._groups, self._moves, self._finder, self._blobs, self._reader)
+        self._upkeep = Upkeep(
+            engine, self._markers, self._groups, self._moves, self._finder, self._blobs, self._reader, self._listing
+        )
         self._open = self._closed = False
         self._writes = self._ops = self._conflicts = 0
         self._writing: dict[asyncio.Task[Any], set[tuple[str, str]]] = {}
@@ -186,7 +188,7 @@ class ObjectStore:
 
     async def _compare_clocks(self) -> None:
         engine = self._engine
-        path = f"clock/{engine.ids.random(16).hex()}"
+        path = names.clock(engine.ids.random(16))
         started = engine.skew.started()
         made = await engine.exchange.create(path, path.encode(), insist=True)
         if not isinstance(made, Content):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import aclosing
 
-from millpond.errors import MillpondError, StoreCorrupt, StoreError
+from millpond.errors import MillpondError, StoreCorrupt, StoreError, StoreMismatch
 from millpond.stores.base import Box, Problem, QueueName
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
@@ -13,9 +14,10 @@ from millpond.stores.objects.engine import OLD, Engine
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.index import same
+from millpond.stores.objects.listing import Listing
 from millpond.stores.objects.markers import Markers
 from millpond.stores.objects.moves import Moves
-from millpond.stores.objects.names import Name
+from millpond.stores.objects.names import BlobName, Name
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.records import Intent, Kind, Marker, Pointer, Record, Standing
 
@@ -26,6 +28,7 @@ REMEMBERED = 200_000
 _BATCH = 1000
 _SLICE = 1000
 """Objects read for one part of a check, some at once: all of a long queue would fill the memory."""
+_UNREADABLE = (StoreCorrupt, StoreMismatch)
 
 
 class Upkeep:
@@ -40,6 +43,7 @@ class Upkeep:
         finder: Finder,
         blobs: Blobs,
         reader: Reader,
+        listing: Listing,
     ) -> None:
         self._engine = engine
         self._markers = markers
@@ -48,6 +52,7 @@ class Upkeep:
         self._finder = finder
         self._blobs = blobs
         self._reader = reader
+        self._listing = listing
         self._until: OrderedDict[str, tuple[Tag, int]] = OrderedDict()
 
     async def _list(self, prefix: str) -> list[Entry]:
@@ -57,14 +62,18 @@ class Upkeep:
         """Remove payloads without a record, unique keys that have ended, and (not counted) markers and pointers whose
         messages are gone."""
         queues = await self._reader.everywhere()
+        await self._clocks()
         ended = 0
         orphans: list[tuple[QueueName, str, str]] = []
         for name in queues:
+            # Moves out of the dead box whose writers died: nobody else need ever look there.
+            async with aclosing(self._listing.pages(*name, Box.DEAD)) as pages:
+                async for _ in pages:
+                    pass
             if ended < limit:
                 ended += await self._unique_keys(name, now, limit - ended)
             # First the payloads, then who may have one: a record that comes later than this has a payload that does.
-            blobs = [names.parse_blob(entry.name) for entry in await self._list(names.blobs_prefix(*name))]
-            old = [blob for blob in blobs if blob is not None and now - blob.written > older_than]
+            old = await self._old_blobs(name, now - older_than)
             markers = await self._list(names.markers_prefix(*name, "i"))
             if old or markers:
                 present = await self._present(name)
@@ -73,8 +82,8 @@ class Upkeep:
                 ]
                 await self._id_markers(name, markers, present, limit)
             await self._pointers(name, limit)
-        if orphans:
-            coming = await self._coming(queues)
+        coming = await self._coming(queues) if orphans else None
+        if coming is not None:
             gone = [
                 path
                 for name, path, id in orphans[: limit + len(coming)]
@@ -86,6 +95,22 @@ class Upkeep:
                 self._blobs.swept(path)
             ended += len(gone)
         return ended
+
+    async def _old_blobs(self, name: QueueName, before: int) -> list[BlobName]:
+        """Payloads whose upload began before this, and gave no sign of life since; old signs of life, too."""
+        blobs = [names.parse_blob(entry.name) for entry in await self._list(names.blobs_prefix(*name))]
+        told: dict[str, int] = {}
+        for blob in blobs:
+            if blob is not None:
+                told[blob.payload] = max(told.get(blob.payload, 0), blob.written)
+        return [blob for blob in blobs if blob is not None and told[blob.payload] < before]
+
+    async def _clocks(self) -> None:
+        """What those left who died while they opened the store."""
+        now = self._engine.now()
+        left = [entry.name for entry in await self._list(names.CLOCKS) if now - entry.modified > QUIET]
+        for start in range(0, len(left), _BATCH):
+            await self._engine.exchange.delete_many(left[start : start + _BATCH])
 
     async def _present(self, name: QueueName) -> dict[str, list[str]]:
         """Message id in hex → the names of its objects."""
@@ -101,6 +126,14 @@ class Upkeep:
         return present
 
     async def _owned(self, name: QueueName, path: str, present: dict[str, list[str]]) -> bool:
+        try:
+            return await self._is_owned(name, path, present)
+        except _UNREADABLE as error:
+            # It is that of a message which cannot be read, for all one can tell.
+            self._listing.report(path, error)
+            return True
+
+    async def _is_owned(self, name: QueueName, path: str, present: dict[str, list[str]]) -> bool:
         blob = names.parse_blob(path)
         if blob is None or blob.id not in present:
             return False
@@ -120,24 +153,36 @@ class Upkeep:
     async def _found(self, name: QueueName, path: str, id: str) -> bool:
         """Whether a search for the message finds it, with this payload: a listing may have missed one that was given
         another name just then."""
-        placed = await self._finder.find(*name, names.dashed(id))
+        try:
+            placed = await self._finder.find(*name, names.dashed(id))
+        except _UNREADABLE as error:
+            self._listing.report(path, error)
+            return True
         return placed is not None and placed.record.blob == names.last_part(path)
 
-    async def _coming(self, queues: list[QueueName]) -> set[str]:
-        """The payloads of messages that unfinished intents will bring, and those that are kept until then."""
+    async def _coming(self, queues: list[QueueName]) -> set[str] | None:
+        """The payloads of messages that unfinished intents will bring; None if there is one that cannot be read."""
         coming: set[str] = set()
         for name in queues:
             for box in Box:
                 for entry in await self._list(names.box_prefix(*name, box)):
                     if records.form(entry.size).kind != Kind.MOVING:
                         continue
-                    found = await self._engine.fetch(names.parse(entry.name))
-                    if found is None or not isinstance(found.held, Intent):
+                    try:
+                        message = names.parse(entry.name)
+                    except StoreCorrupt:
                         continue
-                    for target in found.held.targets:
-                        record = records.decode_held(target.data, target.path)
-                        if isinstance(record, Record) and record.blob:
-                            coming.add(names.blobs_prefix(record.namespace, record.queue) + record.blob)
+                    try:
+                        found = await self._engine.fetch(message)
+                        if found is None or not isinstance(found.held, Intent):
+                            continue
+                        for target in found.held.targets:
+                            record = records.decode_held(target.data, target.path)
+                            if isinstance(record, Record) and record.blob:
+                                coming.add(names.blobs_prefix(record.namespace, record.queue) + record.blob)
+                    except _UNREADABLE as error:
+                        self._listing.report(entry.name, error)
+                        return None
         return coming
 
     async def _unique_keys(self, name: QueueName, now: int, limit: int) -> int:
@@ -154,7 +199,11 @@ class Upkeep:
             content = await self._engine.exchange.read(entry.name)
             if content is None:
                 continue
-            marker = records.decode(Marker, content.data, entry.name)
+            try:
+                marker = records.decode(Marker, content.data, entry.name)
+            except _UNREADABLE as error:
+                self._listing.report(entry.name, error)
+                continue
             if marker.until <= now:
                 if await self._markers.remove(entry.name, content):
                     self._until.pop(entry.name, None)
@@ -174,18 +223,26 @@ class Upkeep:
         ]
         for entry in quiet[:limit]:
             content = await self._engine.exchange.read(entry.name)
-            if content is not None and same(content.tag, entry.tag):
+            if content is None or not same(content.tag, entry.tag):
+                continue
+            try:
                 marker = records.decode(Marker, content.data, entry.name)
                 if await self._markers.find(*name, marker) is None:
                     await self._markers.remove(entry.name, content)
+            except _UNREADABLE as error:
+                self._listing.report(entry.name, error)
 
     async def _pointers(self, name: QueueName, limit: int) -> None:
         now = self._engine.now()
         for entry in (await self._list(names.markers_prefix(*name, "g")))[: limit * 10]:
             if now - entry.modified > QUIET:
                 content = await self._engine.exchange.read(entry.name)
-                if content is not None and same(content.tag, entry.tag):
+                if content is None or not same(content.tag, entry.tag):
+                    continue
+                try:
                     await self._groups.remove(*name, entry.name, content)
+                except _UNREADABLE as error:
+                    self._listing.report(entry.name, error)
 
     # Verifying
 

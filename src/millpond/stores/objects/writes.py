@@ -35,14 +35,15 @@ from millpond.stores.base import (
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import OutcomeUnknown, Tag
+from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine, log
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
-from millpond.stores.objects.index import Known
+from millpond.stores.objects.index import Known, same
 from millpond.stores.objects.markers import Claim, Markers
 from millpond.stores.objects.moves import Moved, Moves, NewRecord
 from millpond.stores.objects.names import Name
-from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Text
+from millpond.stores.objects.records import Goal, Held, Intent, Marker, Record, Standing, Text, Tombstone
 
 SLACK = 1000
 """Milliseconds by which a message may be due before its name says so: ids are made a moment before or after the status,
@@ -126,6 +127,7 @@ class Writer:
             known = await self._locate(op.item, op.mark)
             if isinstance(known, Conflict):
                 return known
+            self._check_doom(known)
             name, record = known.name, known.record
             takes_lead = op.leased and op.box is Box.LIVE and record.group is not None
             if takes_lead and record.box != Box.LIVE:
@@ -220,10 +222,18 @@ class Writer:
                 return outcome if outcome is not None else Updated(records.mark(new, known.name), None)
         raise self._restless(op.item)
 
+    def _check_doom(self, known: Known) -> None:
+        """Whoever is given the message now would lose it to a DELETE that is on its way."""
+        if self._engine.is_doomed(known.name.path):
+            raise OutcomeUnknown(
+                f"message {known.record.id} is being removed, and whether that took place is not known: the bucket's "
+                "replies got lost. Remove it again, or leave it until its lease is over"
+            )
+
     async def _is_current(self, known: Known) -> bool:
         """Whether the object still is as it was known."""
         found = await self._engine.fetch(known.name)
-        return found is not None and found.known is known
+        return found is not None and found.known is not None and same(found.tag, known.tag)
 
     async def _remove(self, op: Remove) -> Outcome:
         engine = self._engine
@@ -233,6 +243,7 @@ class Writer:
             if isinstance(known, Conflict):
                 # A delete whose reply was lost has taken place after all: nobody else could have done it.
                 return Removed() if unsure and known.cause is _MISSING else known
+            await self._redeem(known)
             path, record = known.name.path, known.record
             settled = await self._moves.settled(known)
             deleted = await self._delete_held(known) if settled else False
@@ -240,7 +251,12 @@ class Writer:
                 engine.leave(path)
             else:
                 unsure = unsure or deleted is None
-                buried = await self._moves.bury(known)
+                try:
+                    buried = await self._moves.bury(known)
+                except StoreError as error:
+                    if unsure and not isinstance(error, OutcomeUnknown):
+                        raise _may_be_gone(op.item) from error
+                    raise
                 if buried is not True:
                     continue
                 await self._tidy(path if settled else "", op)
@@ -248,6 +264,26 @@ class Writer:
                 await self._tidy(names.blobs_prefix(record.namespace, record.queue) + record.blob, op)
             return Removed()
         raise self._restless(op.item)
+
+    async def _redeem(self, known: Known) -> None:
+        """Confirm the unique key of a message that is about to go."""
+        record = known.record
+        if not record.pledge:
+            return
+        path = names.markers_prefix(record.namespace, record.queue, "u") + record.pledge
+        try:
+            await self._markers.redeem(path, record.birth)
+        except StoreError as error:
+            # The key may be free before its time, should its first owner have died as well.
+            log.warning(
+                "millpond.objects.marker_unconfirmed",
+                extra={"object": path, "message_id": record.id, "reason": str(error)},
+            )
+        self._redeemed(known)
+
+    @staticmethod
+    def _redeemed(known: Known) -> None:
+        known.record = msgspec.structs.replace(known.record, pledge="")
 
     async def _tidy(self, path: str, op: Remove) -> None:
         """Delete what nobody needs any more. If that fails it is left to those who come across it."""
@@ -264,22 +300,38 @@ class Writer:
         """Delete a message without a condition, which only its holder may do, and only while its lease runs for longer
         than the request can take: nobody else may have been given the message by then. False: it may not be done; None:
         it was tried, and the replies got lost."""
-        engine, record = self._engine, known.record
+        engine, record, path = self._engine, known.record, known.name.path
+        if engine.options.fenced_removals or not known.claimed or not record.leased:
+            return False
+
         outcome: bool | None = False
+
+        def lasts() -> bool:
+            return record.due - engine.now() > engine.options.margin
+
         for attempt in range(3):
-            lasts = record.due - engine.now()
-            if engine.options.fenced_removals or not known.claimed or not record.leased:
-                break
-            if lasts <= engine.options.margin:
-                break
             try:
-                await engine.exchange.delete_once(known.name.path)
+                # Asked when the request is sent: until then it may have to wait for others.
+                await engine.exchange.delete_once(path, alone=attempt > 0, still=lasts)
                 return True
+            except TooLate:
+                break
             except OutcomeUnknown:
                 outcome = None
+                engine.doom(path, record.due)
                 await engine.exchange.pause(attempt)
-                if await engine.exchange.read(known.name.path) is None:
-                    return True
+                try:
+                    if await engine.exchange.read(path) is None:
+                        return True
+                except OutcomeUnknown:
+                    raise
+                except StoreError as error:
+                    raise _may_be_gone(records.item(record, known.name)) from error
+            except StoreError:
+                if outcome is False:
+                    raise
+                # This one did not take place, but the one before may yet: so the message has to go.
+                break
         return outcome
 
     @staticmethod
@@ -333,6 +385,8 @@ class Writer:
             None,
             0,
             via,
+            (),
+            "" if via or op.unique is None else names.key_hash(op.unique.key),
         )
         wanted: list[tuple[str, Marker, Unique | None]] = []
         if not direct:
@@ -391,14 +445,13 @@ class Writer:
         if not isinstance(written, Known):
             held = records.decode_held(written.data, name.path)
             if held.birth != record.birth:
-                await self.release(claims)
-                return Conflict(Cause.EXISTS, record.id)
+                return await self._overtaken(record, claims, wanted, held)
             # It is this insert's, and somebody was fast.
         for claim, (_, _, unique) in zip(claims, wanted, strict=True):
             try:
                 other = await self._markers.confirm(claim)
             except StoreError as error:
-                # The message is in. Who meets the marker finds it and confirms.
+                # The message is in. Who meets the marker finds it and confirms, as does who removes it.
                 log.warning(
                     "millpond.objects.marker_unconfirmed",
                     extra={"object": claim.path, "message_id": record.id, "reason": str(error)},
@@ -406,8 +459,26 @@ class Writer:
                 continue
             if other is not None and await self._moves.withdraw(name, record.birth):
                 return Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, other)
+            present = self._engine.index.get(name.path)
+            if unique is not None and other is None and present is not None and present.record.birth == record.birth:
+                self._redeemed(present)
         self._blobs.used(record.namespace, record.queue, record.blob)
         return Inserted(records.item(record, name), records.mark(record, name))
+
+    async def _overtaken(
+        self, record: Record, claims: list[Claim], wanted: list[tuple[str, Marker, Unique | None]], held: Held
+    ) -> Conflict:
+        """The name of an insert is taken: by another's message, or by who took its marker over and fenced it off."""
+        if isinstance(held, Tombstone):
+            for claim, (_, _, unique) in zip(claims, wanted, strict=True):
+                other = await self._markers.other(claim)
+                if other is not None:
+                    await self.release(claims)
+                    return Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, other)
+        await self.release(claims)
+        if claims and isinstance(held, Tombstone):
+            raise StoreError(f"the insert of message {record.id} took so long that others gave it up; try again")
+        return Conflict(Cause.EXISTS, record.id)
 
     async def in_the_way(self, op: Insert) -> Conflict | None:
         """What refuses an insert, whatever its payload."""
@@ -441,6 +512,8 @@ class Writer:
         known = await self._locate(removal.item, removal.mark)
         if isinstance(known, Conflict):
             return refused(0, known)
+        self._check_doom(known)
+        await self._redeem(known)
         brings: list[NewRecord] = []
         goals: list[Goal] = []
         all_claims: list[Claim] = []
@@ -538,6 +611,13 @@ class Writer:
             return Conflict(Cause.STATE)
         self._documents[path] = (version, result)
         return DocumentWritten(str(version))
+
+
+def _may_be_gone(item: Item) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"whether message {item.id} was removed is not known: the bucket's replies got lost. Remove it again, or leave "
+        "it until its lease is over"
+    )
 
 
 def _resealed(op: Reseal, record: Record) -> tuple[Record, Outcome | None] | Conflict:

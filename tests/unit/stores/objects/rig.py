@@ -55,6 +55,8 @@ class Network:
         self.crashed = False
         self.chance: random.Random | None = None
         """Wait for some turns of the event loop around each request."""
+        self.loses = self.kills = 0.0
+        """Of how many requests, by that chance, the reply is lost; and before or after how many the process dies."""
 
     def reset(self, plan: dict[int, str] | None = None) -> None:
         """Count from the beginning."""
@@ -74,7 +76,7 @@ class Network:
         if self.crashed:
             raise Crash
         self.calls.append((kind, name))
-        fault = self.plan.get(len(self.calls))
+        fault = self.plan.get(len(self.calls)) or self._accident()
         if fault == BEFORE:
             self.crashed = True
             raise Crash
@@ -92,6 +94,14 @@ class Network:
         if fault == LOST:
             raise OutcomeUnknown("the reply did not arrive")
         return result
+
+    def _accident(self) -> str | None:
+        if self.chance is None:
+            return None
+        at = self.chance.random()
+        if at < self.loses:
+            return LOST
+        return None if at >= self.loses + self.kills else BEFORE if self.chance.random() < 0.5 else AFTER
 
     async def create(self, name: str, data: bytes) -> Tag:
         return await self._do("create", name, lambda: self.inner.create(name, data))

@@ -73,8 +73,11 @@ async def test_the_ops_of_a_call_are_written_at_once_but_not_all() -> None:
     held = (await store.list("default", "q", Box.LIVE, limit=MANY)).records
     outcomes = await store.write([removal(record) for record in held])
     assert outcomes == [Removed()] * MANY
-    assert (gauge.count("create"), gauge.count("replace"), gauge.count("delete")) == (MANY, MANY, MANY)
-    assert {gauge.most[kind] for kind in ("create", "replace", "delete", "all")} == {REQUESTS}
+    assert (gauge.count("create"), gauge.count("replace")) == (MANY, MANY)
+    assert {gauge.most[kind] for kind in ("create", "replace", "all")} == {REQUESTS}
+    # How deletes share requests is another matter.
+    assert 0 < gauge.count("delete", "delete_many") <= MANY
+    assert rig.root.objects.keys() == {"millpond.json"}
     await store.close()
 
 

@@ -90,8 +90,10 @@ async def test_what_was_used_up_does_not_come_back(name: str) -> None:
         assert await last.verify() == []
 
 
-@pytest.mark.parametrize("fault", [BEFORE, AFTER, LOST, REFUSED])
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [(name, fault) for name in MOVES for fault in (BEFORE, AFTER)] + [("redrive", LOST), ("hand off", REFUSED)],
+)
 async def test_who_finishes_it_may_die_as_well(name: str, fault: str) -> None:
     whole = await picture(await (await _interrupted(name, 0))[0].rescue())
     points = await _points(name)

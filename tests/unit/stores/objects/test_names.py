@@ -132,6 +132,6 @@ def test_other_names_are_refused(path: str) -> None:
 
 def test_names_of_payloads() -> None:
     path = names.blobs_prefix("shop", "orders") + names.blob("shop", "orders", ID, NOW, bytes(8))
-    assert names.parse_blob(path) == names.BlobName(path, names.hex_id(ID), NOW)
+    assert names.parse_blob(path) == names.BlobName(path, names.hex_id(ID), NOW, path)
     for bad in ("", "x", "q/shop/orders/b/x-y-z", f"{'0' * 32}-zz-00", f"{'0' * 31}-00-00"):
         assert names.parse_blob(bad) is None

@@ -388,6 +388,8 @@ async def test_a_pointer_is_not_moved_on_while_its_delete_may_be_on_the_way() ->
 async def test_a_sweep_leaves_nothing_of_what_is_long_gone() -> None:
     rig = Rig()
     store = await rig.store()
+    # Somebody died while he compared clocks.
+    await rig.root.create(names.clock(bytes(16)), b"")
     for op in (fresh(1, group="g"), fresh(2, chosen=True), fresh(3, unique=Unique("k", NOW, NOW + 10))):
         record = await insert(store, op)
         held = await apply(store, lease(record, FAR))
@@ -395,7 +397,9 @@ async def test_a_sweep_leaves_nothing_of_what_is_long_gone() -> None:
         assert isinstance(await apply(store, Remove(record.item, held.mark)), Removed)
     kept = await insert(store, fresh(4, chosen=True, group="h"))
     assert isinstance(await apply(store, lease(kept, FAR)), Updated)
-    assert len(rig.root.objects) == 1 + 1 + 1 + 1 + 3
+    assert len(rig.root.objects) == 1 + 1 + 1 + 1 + 1 + 3
+    await store.sweep(NOW, older_than=10**9, limit=10)
+    assert len(rig.root.objects) == 1 + 1 + 1 + 1 + 1 + 3
     rig.clock.advance(3700)
     other = await rig.store()
     # Markers and pointers are not counted, the unique key is.
@@ -491,3 +495,33 @@ async def test_a_payload_is_not_swept_though_a_listing_missed_its_message() -> N
     assert await sweeper.sweep(NOW + 10**9, older_than=1000, limit=10) == 0
     assert moved
     assert b"".join([chunk async for chunk in store.read_blob(record.item)]) == b"large"
+
+
+async def test_a_delete_that_had_to_wait_for_its_turn_is_not_sent_too_late() -> None:
+    """Others' requests kept it waiting until the lease was nearly over: then it is fenced."""
+    rig = Rig()
+    store = await rig.store()
+    records = [await insert(store, fresh(number)) for number in range(9)]
+    helds = [await apply(store, lease(record, NOW + 60_000)) for record in records]
+    network = rig.network(store)
+    delete, go_on = network.inner.delete, asyncio.Event()
+
+    async def slow(name: str) -> None:
+        await go_on.wait()
+        await delete(name)
+
+    network.inner.delete = slow  # type: ignore[method-assign]
+    network.reset()
+    acks = []
+    for record, held in zip(records, helds, strict=True):
+        assert isinstance(held, Updated)
+        acks.append(asyncio.ensure_future(apply(store, Remove(record.item, held.mark))))
+        for _ in range(20):
+            await asyncio.sleep(0)
+    # Eight requests are under way; the ninth waits.
+    assert [kind for kind, _ in network.calls] == ["delete"] * 8
+    rig.clock.advance(50)
+    go_on.set()
+    assert await asyncio.gather(*acks) == [Removed()] * 9
+    assert [kind for kind, _ in network.calls] == ["delete"] * 8 + ["replace", "delete"]
+    assert await picture(store) == {}
