@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.servers.corner import ALL, CORNERS, PLAIN, MakeCorner
 
 from millpond.crypto.keyring import Keyring
 from millpond.model.clock import ManualClock, SystemClock
 from millpond.stores.base import Store
-from millpond.stores.conformance import CHECKS, Check
+from millpond.stores.conformance import CHECKS, Check, attached
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.memory import MemoryStore
 from millpond.stores.objects.memory_bucket import MemoryBucket
@@ -25,8 +26,9 @@ class _Harness:
     shared = True
     persistent = True
 
-    def __init__(self, make: Callable[[], Store]) -> None:
+    def __init__(self, make: Callable[[], Store], *, slow: bool = False) -> None:
         self._make = make
+        self.slow = slow
 
     def handle(self) -> Store:
         return self._make()
@@ -74,6 +76,22 @@ STORES: dict[str, Callable[[Path], Callable[[], Store]]] = {
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_conformance(check: Check, store: str, tmp_path: Path) -> None:
     asyncio.run(check(_Harness(STORES[store](tmp_path))))
+
+
+ON_SERVERS = [
+    pytest.param(check, server, id=f"{check.__name__}-{server}")
+    for check in CHECKS
+    for server in CORNERS
+    # What encryption changes is what lies with a record, whichever server keeps it.
+    if ALL or server in PLAIN or check.__module__ == attached.__name__
+]
+
+
+@pytest.mark.parametrize(("check", "server"), ON_SERVERS)
+def test_conformance_on_servers(check: Check, server: str, make_corner: MakeCorner, tmp_path: Path) -> None:
+    corner = make_corner(server.partition("-")[0], ManualClock())
+    make = _encrypted(lambda _: corner.store)(tmp_path) if server.endswith("-encrypted") else corner.store
+    asyncio.run(check(_Harness(make, slow=not ALL)))
 
 
 def test_checks_have_distinct_names() -> None:

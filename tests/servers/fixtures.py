@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 from tests.servers.azurite import azurite_server
+from tests.servers.corner import Corner, MakeCorner
 from tests.servers.google import google_server
 from tests.servers.process import Server
 from tests.servers.seaweed import seaweed_server
+
+from millpond.model.clock import Clock
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,16 @@ def google(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """fake-gcs-server behind a translator, for ``gs://``."""
     with google_server(tmp_path_factory.mktemp("google")) as server:
         yield server
+
+
+@pytest.fixture
+def make_corner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MakeCorner:
+    """A part of a server's bucket for this test alone."""
+
+    def make(name: str, clock: Clock) -> Corner:
+        server = request.getfixturevalue(name)
+        for variable, value in server.environment.items():
+            monkeypatch.setenv(variable, value)
+        return Corner(server, clock)
+
+    return make

@@ -15,7 +15,7 @@ START_LIMIT = 60.0
 """Seconds for a server to be ready on a machine that is busy; it takes one to four otherwise."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     """A running server that plays a cloud."""
 

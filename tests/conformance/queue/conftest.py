@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from tests.servers.corner import ALL, CORNERS, MakeCorner
 from tests.unit.service.far import Far
 
 from millpond import Config, Keyring, Message, Pond, Queue
@@ -35,7 +36,8 @@ STORES = (
     "objects-encrypted",
 )
 """``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do. ``memory-paid``
-charges for requests besides, and is reached by others over the network, so that its ponds ask for less."""
+charges for requests besides, and is reached by others over the network, so that its ponds ask for less. Tests that are
+marked ``servers`` are run on servers that play clouds, too; all are with ``MILLPOND_SERVERS_ALL=1``."""
 QUIET_ROUNDS = 30
 """Turns of the event loop without a store call under way, after which whatever could run has run."""
 
@@ -67,13 +69,14 @@ class Busy:
 class World:
     """One store, as many ponds on it as the test wants, and the time."""
 
-    def __init__(self, store: str, directory: Path) -> None:
+    def __init__(self, store: str, directory: Path, make_corner: MakeCorner) -> None:
         self.store = store
         self.encrypted = store.endswith("-encrypted")
         self.clock = ManualClock()
         self.path = directory / "pond.db"
         self.keyring = Keyring({"old": bytes(32), "new": bytes(range(32))})
-        self.paid = store == "memory-paid" or store.startswith("objects")
+        self.corner = make_corner(store.partition("-")[0], self.clock) if store in CORNERS else None
+        self.paid = store == "memory-paid" or store.startswith("objects") or store in CORNERS
         self._memory = MemoryStore(clock=self.clock, takes=store not in ("memory-candidates", "memory-paid"))
         self._bucket = MemoryBucket(clock=self.clock)
         self._made = 0
@@ -84,6 +87,8 @@ class World:
         if self.store.startswith("memory"):
             share = self._memory.share()
             return Far(self.clock, share, requests_cost_money=True, reach=Reach.NETWORK) if self.paid else share
+        if self.corner is not None:
+            return self.corner.store()
         if self.store.startswith("objects"):
             return ObjectStore(self._bucket.share(), clock=self.clock, measure_skew=False)
         return SqliteStore(self.path, clock=SystemClock())
@@ -118,8 +123,13 @@ class World:
         """Let everything run that can, until all of it waits for time or for somebody else."""
         quiet = 0
         while quiet < QUIET_ROUNDS:
-            await asyncio.sleep(0.0005 if any(store.under_way for store in self.stores) else 0)
-            quiet = 0 if any(store.under_way for store in self.stores) else quiet + 1
+            busy = self._busy()
+            await asyncio.sleep(0.0005 if busy else 0)
+            quiet = 0 if busy or self._busy() else quiet + 1
+
+    def _busy(self) -> bool:
+        # A bucket's store has work of its own beside the calls.
+        return any(store.under_way for store in self.stores) or (self.corner is not None and self.corner.under_way > 0)
 
     async def advance(self, seconds: float) -> None:
         """Let time pass for everybody."""
@@ -154,7 +164,14 @@ class World:
         return messages[0]
 
 
-@pytest.fixture(params=STORES)
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """On which stores a test is run."""
+    if "world" in metafunc.fixturenames:
+        served = ALL or any(metafunc.definition.iter_markers("servers"))
+        metafunc.parametrize("world", [*STORES, *(CORNERS if served else ())], indirect=True)
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest, tmp_path: Path, make_corner: MakeCorner) -> World:
     """A fresh store of each kind."""
-    return World(request.param, tmp_path)
+    return World(request.param, tmp_path, make_corner)

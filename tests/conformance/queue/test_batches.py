@@ -24,6 +24,7 @@ async def _mixed(world: World, queue: Any) -> list[Any]:
     return [messages[0], messages[1], *held, held[0]]
 
 
+@pytest.mark.servers
 async def test_ack_many(world: World) -> None:
     async with world.queue() as queue:
         batch = await _mixed(world, queue)

@@ -388,6 +388,7 @@ async def test_a_late_answer_counts_if_nobody_took_the_message(world: World, ans
             assert await queue.receive() == []
 
 
+@pytest.mark.servers
 async def test_answers_at_the_same_time(world: World) -> None:
     """An extension under way must not make the ack fail, whichever comes first."""
     import asyncio
@@ -404,6 +405,7 @@ async def test_answers_at_the_same_time(world: World) -> None:
             assert (await queue.counts())[:3] == (0, 0, 0)
 
 
+@pytest.mark.servers
 async def test_one_of_two_acks_wins(world: World) -> None:
     import asyncio
 

@@ -46,6 +46,7 @@ async def test_they_are_never_delivered(world: World) -> None:
         assert (await queue.counts())[:6] == (0, 0, 0, 0, 2, 0)
 
 
+@pytest.mark.servers
 async def test_list_in_pages(world: World) -> None:
     async with world.queue() as queue:
         ids = await _dead(world, queue, *(b"%d" % number for number in range(7)))
@@ -93,6 +94,7 @@ async def test_dead_letters_are_of_one_queue(world: World) -> None:
         assert (await queue.counts()).dead == 1
 
 
+@pytest.mark.servers
 async def test_redrive_by_id(world: World) -> None:
     async with world.queue() as queue:
         first, second, third = await _dead(world, queue, b"1", b"2", b"3")
@@ -169,6 +171,7 @@ async def test_it_can_die_again(world: World) -> None:
             await queue.dead_letters.redrive()
 
 
+@pytest.mark.servers
 async def test_purge_by_id_and_all(world: World) -> None:
     async with world.pond() as pond:
         queue = pond.queue("orders")

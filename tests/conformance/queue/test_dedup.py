@@ -62,6 +62,7 @@ async def test_a_second_enqueue_does_not_lengthen_the_window(world: World) -> No
         assert (await queue.enqueue(b"3", dedup_key="k")).duplicate is False
 
 
+@pytest.mark.servers
 async def test_the_next_window_begins_after_the_first(world: World) -> None:
     async with world.queue() as queue:
         await queue.enqueue(b"1", dedup_key="k", dedup_window=10)
@@ -80,6 +81,7 @@ async def test_the_first_stays_as_it_was_given(world: World) -> None:
         assert (await queue.counts()).bytes == 1
 
 
+@pytest.mark.servers
 async def test_of_many_at_once_one_goes_in(world: World) -> None:
     async with world.queue() as here, world.queue() as there:
         receipts = await asyncio.gather(

@@ -39,6 +39,7 @@ async def test_the_successor_comes_with_the_ack(world: World) -> None:
         assert await pond.verify() == []
 
 
+@pytest.mark.servers
 async def test_several_targets(world: World) -> None:
     async with world.pond() as pond:
         message = await _held(world, pond.queue("orders", namespace="shop"))
@@ -104,6 +105,7 @@ async def test_a_large_payload_is_handed_off(world: World, source: Any) -> None:
         assert await pond.verify() == []
 
 
+@pytest.mark.servers
 async def test_a_received_stream_can_be_handed_on(world: World) -> None:
     data = b"x" * LARGE
     async with world.pond() as pond:
@@ -237,6 +239,7 @@ async def test_a_store_that_fails_leaves_the_message_held(world: World) -> None:
         assert (await pond.queue("next").counts()).ready == 1
 
 
+@pytest.mark.servers
 async def test_of_two_hand_offs_one_goes_through(world: World) -> None:
     async with world.pond() as pond:
         queue = pond.queue("orders")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from millpond import Queue, QueueCounts
 
 if TYPE_CHECKING:
     from tests.conformance.queue.conftest import World
 
 
+@pytest.mark.servers
 async def test_counts_in_every_state(world: World) -> None:
     async with world.pond() as pond, world.queue() as there:
         queue = pond.queue("orders")
@@ -150,6 +153,7 @@ async def test_purge_of_a_long_queue(world: World) -> None:
         await there.ack_many(held)
 
 
+@pytest.mark.servers
 async def test_queues_are_listed_by_name(world: World) -> None:
     async with world.pond() as pond, world.pond() as other:
         assert await pond.queues() == []

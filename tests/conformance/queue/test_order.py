@@ -20,6 +20,7 @@ async def _payloads(queue: Queue, count: int = 100) -> list[bytes]:
 # Priorities
 
 
+@pytest.mark.servers
 async def test_all_priorities_in_order(world: World) -> None:
     async with world.queue() as here, world.queue() as there:
         for priority in (3, 9, 0, 5, 7, 1, 8, 2, 6, 4):
@@ -107,6 +108,7 @@ async def test_keys_are_of_one_queue(world: World) -> None:
         assert [await _payloads(queue) for queue in queues] == [[b"k0"]] * 3
 
 
+@pytest.mark.servers
 async def test_two_ponds_take_turns(world: World) -> None:
     async with world.queue() as here, world.queue() as there:
         await _fill(here, count=6)
@@ -120,6 +122,7 @@ async def test_two_ponds_take_turns(world: World) -> None:
             world.clock.advance(1)  # The other's ready cache is a second old at most.
 
 
+@pytest.mark.servers
 async def test_many_consumers_in_two_ponds_keep_each_key_in_order(world: World) -> None:
     import asyncio
 
@@ -218,6 +221,7 @@ async def test_one_that_leaves_frees_its_key(world: World, way: Any, where: str)
         assert await _payloads(here if where == "here" else there) == [b"k1"]
 
 
+@pytest.mark.servers
 async def test_one_that_comes_back_from_the_dead_joins_at_the_end(world: World) -> None:
     async with world.queue() as queue:
         await _fill(queue)

@@ -120,6 +120,7 @@ async def test_a_pause_is_of_one_queue(world: World) -> None:
         assert [len(await queue.receive()) for queue in (paused, other, namespace)] == [0, 1, 1]
 
 
+@pytest.mark.servers
 async def test_policies_are_kept_in_the_store(world: World) -> None:
     async with world.queue() as here:
         given = await here.set_policy(
@@ -167,6 +168,7 @@ async def test_the_message_has_the_last_word_over_its_policy(world: World) -> No
         assert message.expires_at.timestamp() * 1000 == world.clock.now_ms() + 90_000
 
 
+@pytest.mark.servers
 @pytest.mark.parametrize("way", ["hand-out", "collector"])
 async def test_expiry_by_policy(world: World, way: str) -> None:
     async with world.pond() as pond:
@@ -258,6 +260,7 @@ async def test_a_bad_policy_is_refused_and_changes_nothing(world: World) -> None
             assert (await world.one(there)).max_attempts == 3
 
 
+@pytest.mark.servers
 async def test_changes_at_the_same_time_are_all_kept(world: World) -> None:
     import asyncio
 

@@ -34,6 +34,7 @@ async def _nothing_written(queue: millpond.Queue) -> None:
     assert await queue.peek(10) == []
 
 
+@pytest.mark.servers
 async def test_a_message_comes_back_as_it_was_given(world: World) -> None:
     async with world.queue() as queue:
         receipt = await queue.enqueue(
@@ -192,6 +193,7 @@ async def test_a_batch_that_breaks_midway_leaves_nothing_of_its_chunk(world: Wor
         await _nothing_written(queue)
 
 
+@pytest.mark.servers
 async def test_large_and_small_payloads_of_one_batch_keep_their_order(world: World) -> None:
     async def slow() -> AsyncIterator[bytes]:
         world.clock.advance(0.005)
@@ -404,12 +406,14 @@ async def test_dedup_within_one_batch_and_of_large_payloads(world: World) -> Non
         assert message.payload == b"1"
 
 
+@pytest.mark.servers
 async def test_dedup_from_two_ponds(world: World) -> None:
     async with world.queue() as here, world.queue() as there:
         first = await here.enqueue(b"1", dedup_key="k")
         assert await there.enqueue(b"2", dedup_key="k") == (first.message_id, True)
 
 
+@pytest.mark.servers
 async def test_the_callers_own_id(world: World) -> None:
     async with world.queue() as queue:
         assert await queue.enqueue(b"1", message_id=ID.upper()) == (ID, False)
@@ -485,6 +489,7 @@ class _Vanishing:
         return stored
 
 
+@pytest.mark.servers
 async def test_a_payload_is_never_lost_to_a_message_that_goes_meanwhile(world: World) -> None:
     async with world.queue(around=_Vanishing) as queue:
         await queue.enqueue(b"1" * LARGE, message_id=ID)

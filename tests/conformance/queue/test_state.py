@@ -29,6 +29,7 @@ VALUES: list[Any] = [
 ]
 
 
+@pytest.mark.servers
 async def test_what_was_saved_is_loaded(world: World) -> None:
     async with world.queue() as queue:
         await queue.enqueue(b"x")
@@ -219,6 +220,7 @@ async def test_times_of_the_state(world: World) -> None:
         assert (found.document.created_at, found.document.updated_at) == (created, created + 5000)
 
 
+@pytest.mark.servers
 async def test_writes_at_the_same_time_by_one_holder(world: World) -> None:
     async with world.queue() as queue:
         await queue.enqueue(b"x")

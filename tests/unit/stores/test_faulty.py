@@ -48,6 +48,7 @@ async def present(store: MemoryStore) -> list[int]:
 class _Harness:
     shared = True
     persistent = True
+    slow = False
 
     def __init__(self) -> None:
         self._store = MemoryStore(clock=ManualClock())

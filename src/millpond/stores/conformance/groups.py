@@ -210,12 +210,13 @@ async def racing_inserts_make_one_line(harness: Harness) -> None:
 @check
 async def many_groups_at_once(harness: Harness) -> None:
     """A page holds the first of each group and is not shortened by the blocked ones between them."""
+    count = 120 if harness.slow else 500
     async with opened(harness) as store:
-        await put(store, *(insertion(number, group=f"g{number % 50}") for number in range(500)))
+        await put(store, *(insertion(number, group=f"g{number % 50}") for number in range(count)))
         same(await due(store), list(range(50)), "the firsts of 50 groups")
         page = await store.ready("default", "q", NOW, limit=40)
         same((numbers(page.records), page.more), (list(range(40)), True), "a page of 40")
         await store.write([removal(record) for record in page.records])
         same(await due(store), list(range(40, 90)), "after 40 of them were removed")
         counts = await store.counts("default", "q", NOW)
-        same((counts.ready, counts.blocked), (50, 410), "ready and blocked")
+        same((counts.ready, counts.blocked), (50, count - 90), "ready and blocked")

@@ -38,7 +38,10 @@ T = TypeVar("T")
 
 
 class Harness(Protocol):
-    """How the suite gets at the store under test. One harness per check; its store is empty at first."""
+    """How the suite gets at the store under test. One harness per check; its store is empty at first.
+
+    A store that reads a clock is to be given one that stands at `NOW`, as `ManualClock` does: the checks' ids and due
+    times are of that time, and what such a store dates itself must not be of another."""
 
     @property
     def shared(self) -> bool:
@@ -47,6 +50,10 @@ class Harness(Protocol):
     @property
     def persistent(self) -> bool:
         """What was written is there again when all handles have been closed and a new one is opened."""
+
+    @property
+    def slow(self) -> bool:
+        """A server answers each request by itself: checks of many records make do with a hundred."""
 
     def handle(self) -> Store:
         """A new handle, not opened yet, on this harness's data."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -24,6 +24,9 @@ from millpond.stores.objects.requests import CountedBucket
 from millpond.stores.objects.skew import Skew
 
 log = logging.getLogger("millpond.stores.objects")
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 OLD = 60_000
 """Milliseconds after which what another process left half done is anybody's to finish: its writer has stopped by then
@@ -262,18 +265,22 @@ class Engine:
 
     async def fetch_all(self, wanted: list[Name]) -> list[Found | StoreError | None]:
         """`fetch` of each, some at once; what cannot be read is an error in its place."""
+        return await self.each(self.fetch, wanted)
+
+    async def each(self, ask: Callable[[A], Awaitable[T]], about: Sequence[A]) -> list[T | StoreError]:
+        """Ask the same about each, some at once; an error stands in the place of its answer."""
         slots = asyncio.Semaphore(READS)
 
-        async def one(name: Name) -> Found | StoreError | None:
+        async def one(subject: A) -> T | StoreError:
             async with slots:
                 try:
-                    return await self.fetch(name)
+                    return await ask(subject)
                 except StoreError as error:
                     return error
 
-        if len(wanted) == 1:
-            return [await one(wanted[0])]
-        return list(await asyncio.gather(*map(one, wanted)))
+        if len(about) == 1:
+            return [await one(about[0])]
+        return list(await asyncio.gather(*map(one, about)))
 
     async def swap_record(self, known: Known, record: Record, *, claimed: bool) -> Known | Found | None:
         """Replace a record: as it is now known, or what is there instead. Raises OutcomeUnknown, StoreError."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import builtins
 import heapq
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
+from typing import TypeVar
 
+from millpond.errors import StoreError
 from millpond.stores.base import Box, Counts, Page, QueueName, Stored
 from millpond.stores.objects import names, records
 from millpond.stores.objects.engine import Engine
@@ -14,6 +16,9 @@ from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.listing import Listing, Seen
 from millpond.stores.objects.ready import Heads
 from millpond.stores.objects.records import Kind
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 PLENTY = 10_000
 """Expired messages held in memory beyond those that are wanted: there may be millions."""
@@ -136,24 +141,46 @@ class Reader:
         return seen.kind == Kind.OTHER or (seen.name.expires is not None and seen.name.expires <= now)
 
     async def everywhere(self) -> builtins.list[QueueName]:
-        """Every queue of which there is any object."""
-        exchange = self._engine.exchange
-        found = []
-        for namespace in (await exchange.folder(names.QUEUES)).folders:
-            short = names.last_part(namespace)
-            below = await exchange.folder(f"{names.QUEUES}{short}/")
-            found += [QueueName(short, names.last_part(queue)) for queue in below.folders]
-        return sorted(found)
+        """Every queue of which there is any object, and some, maybe, of which there was."""
+        namespaces = [names.last_part(path) for path in (await self._engine.exchange.folder(names.QUEUES)).folders]
+        found = await self._each(lambda short: self._engine.exchange.folder(f"{names.QUEUES}{short}/"), namespaces)
+        return sorted(
+            QueueName(short, names.last_part(queue))
+            for short, below in zip(namespaces, found, strict=True)
+            for queue in below.folders
+        )
 
     async def queues(self) -> builtins.list[QueueName]:
-        """Every queue that holds something or has a document, in name order."""
-        return [name for name in await self.everywhere() if await self._holds_something(name)]
+        """Every queue that holds something or has a document, in name order: two requests for each, or one."""
+        maybe = await self.everywhere()
+        holds = await self._each(self._holds_something, maybe)
+        return [name for name, does in zip(maybe, holds, strict=True) if does]
+
+    async def _each(self, ask: Callable[[A], Awaitable[T]], about: Sequence[A]) -> builtins.list[T]:
+        answers: builtins.list[T] = []
+        for answer in await self._engine.each(ask, about):
+            if isinstance(answer, StoreError):
+                raise answer
+            answers.append(answer)
+        return answers
 
     async def _holds_something(self, name: QueueName) -> bool:
         inside = await self._engine.exchange.folder(names.folder(*name))
         if any(entry.name == names.policy(*name) for entry in inside.entries):
             return True
-        return any(names.last_part(folder) in ("m", "d") for folder in inside.folders)
+        there = {names.last_part(folder) for folder in inside.folders}
+        for box, short in ((Box.LIVE, "m"), (Box.DEAD, "d")):
+            # A folder is a hint: it may have outlived what was in it, or hold what has been removed in fact.
+            if short in there and await self._is_held(names.box_prefix(*name, box)):
+                return True
+        return False
+
+    async def _is_held(self, prefix: str) -> bool:
+        async with self._engine.listing(prefix) as pages:
+            async for page in pages:
+                if any(records.form(entry.size).kind != Kind.GONE for entry in page):
+                    return True
+        return False
 
 
 async def _merge(streams: list[AsyncGenerator[Seen, None]], limit: int) -> list[Seen]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import aclosing
 
-from millpond.errors import MillpondError, StoreCorrupt, StoreMismatch
+from millpond.errors import MillpondError, StoreCorrupt, StoreError, StoreMismatch
 from millpond.stores.base import Box, Problem, QueueName
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
-from millpond.stores.objects.bucket import Entry, Tag
+from millpond.stores.objects.bucket import Content, Entry, Tag
 from millpond.stores.objects.engine import OLD, Engine
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
@@ -17,7 +17,7 @@ from millpond.stores.objects.index import same
 from millpond.stores.objects.listing import Listing
 from millpond.stores.objects.markers import Markers
 from millpond.stores.objects.moves import Moves
-from millpond.stores.objects.names import BlobName
+from millpond.stores.objects.names import BlobName, Name
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.records import Intent, Kind, Marker, Pointer, Record, Standing
 
@@ -26,6 +26,8 @@ QUIET = 3_600_000
 REMEMBERED = 200_000
 """Unique keys whose end is known, so that each is read once."""
 _BATCH = 1000
+_SLICE = 1000
+"""Objects read for one part of a check, some at once: all of a long queue would fill the memory."""
 _UNREADABLE = (StoreCorrupt, StoreMismatch)
 
 
@@ -257,41 +259,57 @@ class Upkeep:
         blobs = {entry.name: entry.size for entry in await self._list(names.blobs_prefix(*name))}
         seen: dict[str, str] = {}
         for box in Box:
+            there: list[tuple[Entry, Name]] = []
             for entry in await self._list(names.box_prefix(*name, box)):
-                kind = records.form(entry.size).kind
                 try:
-                    message = names.parse(entry.name)
-                    found = await engine.fetch(message)
-                except MillpondError as error:
+                    there.append((entry, names.parse(entry.name)))
+                except StoreCorrupt as error:
                     problems.append(Problem(f"object {entry.name}", str(error)))
-                    continue
-                if found is None or found.known is None:
-                    if kind == Kind.MOVING and engine.now() - entry.modified > OLD:
-                        problems.append(Problem(f"message {message.id}", "it is on its way, and nobody finishes that"))
-                    continue
-                record = found.known.record
-                label = f"message {record.id}"
-                if record.box != box:
-                    problems.append(Problem(label, "it lies in the wrong box"))
-                if record.via and not await engine.is_gone(record.via):
-                    continue
-                if record.id in seen:
-                    problems.append(Problem(label, f"it is there twice: {seen[record.id]} and {entry.name}"))
-                seen[record.id] = entry.name
-                if record.external:
-                    path = names.blobs_prefix(*name) + record.blob
-                    if path not in blobs and await engine.exchange.read(entry.name) is not None:
-                        problems.append(Problem(label, "its payload is missing"))
+            for start in range(0, len(there), _SLICE):
+                part = there[start : start + _SLICE]
+                results = await engine.fetch_all([message for _, message in part])
+                for (entry, message), found in zip(part, results, strict=True):
+                    kind = records.form(entry.size).kind
+                    if isinstance(found, StoreError):
+                        problems.append(Problem(f"object {entry.name}", str(found)))
+                        continue
+                    if found is None or found.known is None:
+                        if kind == Kind.MOVING and engine.now() - entry.modified > OLD:
+                            problems.append(
+                                Problem(f"message {message.id}", "it is on its way, and nobody finishes that")
+                            )
+                        continue
+                    record = found.known.record
+                    label = f"message {record.id}"
+                    if record.box != box:
+                        problems.append(Problem(label, "it lies in the wrong box"))
+                    if record.via and not await engine.is_gone(record.via):
+                        continue
+                    if record.id in seen:
+                        problems.append(Problem(label, f"it is there twice: {seen[record.id]} and {entry.name}"))
+                    seen[record.id] = entry.name
+                    if record.external:
+                        path = names.blobs_prefix(*name) + record.blob
+                        if path not in blobs and await engine.exchange.read(entry.name) is not None:
+                            problems.append(Problem(label, "its payload is missing"))
         for kind_, expected in (("u", Marker), ("i", Marker), ("g", Pointer)):
-            for entry in await self._list(names.markers_prefix(*name, kind_)):
-                content = await engine.exchange.read(entry.name)
-                if content is None:
-                    continue
-                try:
-                    held = records.decode(expected, content.data, entry.name)
-                except MillpondError as error:
-                    problems.append(Problem(where, str(error)))
-                    continue
-                stale = isinstance(held, Marker) and held.standing == Standing.PENDING
-                if stale and engine.now() - content.modified > QUIET * 24:
-                    problems.append(Problem(where, f"marker {entry.name} has been pending for a day"))
+            paths = [entry.name for entry in await self._list(names.markers_prefix(*name, kind_))]
+            for start in range(0, len(paths), _SLICE):
+                some = paths[start : start + _SLICE]
+                for path, content in zip(some, await engine.each(engine.exchange.read, some), strict=True):
+                    if isinstance(content, StoreError):
+                        raise content
+                    if content is not None:
+                        self._verify_marker(where, path, content, expected, problems)
+
+    def _verify_marker(
+        self, where: str, path: str, content: Content, expected: type[Marker | Pointer], problems: list[Problem]
+    ) -> None:
+        try:
+            held = records.decode(expected, content.data, path)
+        except MillpondError as error:
+            problems.append(Problem(where, str(error)))
+            return
+        stale = isinstance(held, Marker) and held.standing == Standing.PENDING
+        if stale and self._engine.now() - content.modified > QUIET * 24:
+            problems.append(Problem(where, f"marker {path} has been pending for a day"))
