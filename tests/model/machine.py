@@ -774,7 +774,7 @@ class FaultyObjectsMachine(ObjectsMachine):
 
     RATE = 10
 
-    # Who loses both a reply and the race for the object cannot be told whether his write went through before the other's.
+    # Who loses a reply and the race for the object cannot be told whether his write went through before the other one.
     two_receive_at_once = answer_while_another_receives = None  # type: ignore[assignment]
 
     def plan(self) -> Plan:

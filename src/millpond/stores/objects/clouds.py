@@ -60,7 +60,7 @@ PERMISSIONS = {
 }
 CREDENTIALS = {
     Cloud.S3: "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine a role",
-    Cloud.GOOGLE: "set GOOGLE_APPLICATIONCREDENTIALS, or run `gcloud auth application-default login`, or give the "
+    Cloud.GOOGLE: "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`, or give the "
     "machine a service account",
     Cloud.AZURE: "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN, or give the machine a managed identity",
     Cloud.MEMORY: "none are needed",
