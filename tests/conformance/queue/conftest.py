@@ -69,13 +69,13 @@ class Busy:
 class World:
     """One store, as many ponds on it as the test wants, and the time."""
 
-    def __init__(self, store: str, directory: Path, make_corner: MakeCorner) -> None:
+    def __init__(self, store: str, directory: Path, make_corner: MakeCorner | None = None) -> None:
         self.store = store
         self.encrypted = store.endswith("-encrypted")
         self.clock = ManualClock()
         self.path = directory / "pond.db"
         self.keyring = Keyring({"old": bytes(32), "new": bytes(range(32))})
-        self.corner = make_corner(store.partition("-")[0], self.clock) if store in CORNERS else None
+        self.corner = make_corner(store.partition("-")[0], self.clock) if make_corner and store in CORNERS else None
         self.paid = store == "memory-paid" or store.startswith("objects") or store in CORNERS
         self._memory = MemoryStore(clock=self.clock, takes=store not in ("memory-candidates", "memory-paid"))
         self._bucket = MemoryBucket(clock=self.clock)

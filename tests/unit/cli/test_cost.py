@@ -99,9 +99,9 @@ def test_what_is_computed() -> None:
     report, prices = cost.computed(pond), cost.prices(pond)
     assert report is not None
     assert prices is not None
-    assert report["consumed_where_enqueued"]["requests_per_message"] == pytest.approx(3 + 1 / 32)
-    assert report["consumed_elsewhere"]["requests_per_message"] == pytest.approx(4 + 1 / 32)
-    assert report["consumed_elsewhere"]["usd_per_million_messages"] == pytest.approx(2 * 5.5 + 0.44 + 5.5 / 32)
+    assert report["consumed_where_enqueued"]["requests_per_message"] == pytest.approx(3 + 1 / 128)
+    assert report["consumed_elsewhere"]["requests_per_message"] == pytest.approx(4 + 1 / 128)
+    assert report["consumed_elsewhere"]["usd_per_million_messages"] == pytest.approx(2 * 5.5 + 0.44 + 5.5 / 128)
     assert report["waiting"]["requests_per_hour"] == 60
     lines = list(cost.computed_lines(report, prices))
     assert len(lines) == 4
