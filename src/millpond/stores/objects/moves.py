@@ -88,7 +88,13 @@ class Moves:
         )
         check = _deadline(engine)
         try:
-            result = await engine.exchange.swap(source.path, records.encode_intent(intent), known.tag)
+            result = await engine.exchange.swap(
+                source.path,
+                records.encode_intent(intent),
+                known.tag,
+                # Of an intent that was worked off a tombstone may be left; it is not followed by anything else.
+                lost=lambda content: records.form(len(content.data)).kind != records.Kind.GONE,
+            )
         except BaseException:
             engine.index.forget(source.path)
             raise

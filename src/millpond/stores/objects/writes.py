@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import cast
 
 import msgspec
 
@@ -34,9 +33,10 @@ from millpond.stores.base import (
 )
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
-from millpond.stores.objects.bucket import OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Content, OutcomeUnknown, Tag
 from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine, log
+from millpond.stores.objects.exchange import undecided
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.index import Known, same
@@ -148,12 +148,16 @@ class Writer:
             target = self._new_name(known, op)
             if target is None:
                 free = not record.leased or record.due <= engine.now()
-                written = await engine.swap_record(known, new, claimed=op.leased and (known.claimed or free))
+                claims = op.leased and free
+                # A claim that others have written over is over, whether it took place or not.
+                written = await engine.swap_record(
+                    known, new, claimed=op.leased and (known.claimed or free), void=claims
+                )
                 if isinstance(written, Known):
-                    if op.leased and free:
+                    if claims:
                         engine.won_claim(name)
                     return Updated(records.mark(new, name), payload)
-                if op.leased and free:
+                if claims:
                     engine.lost_claim(name)
                 continue
             new = msgspec.structs.replace(new, via=name.path)
@@ -597,15 +601,24 @@ class Writer:
                 return Conflict(Cause.STATE)
             version = int(op.expect) + 1
         data = records.encode(Text(records.FORMAT, self._engine.write_id(), version, op.data))
+
+        def lost(content: Content) -> bool:
+            # Of one number there is one document; those above may have been written over this one.
+            return records.decode(Text, content.data, path).version <= version
+
+        result: Tag | Content | None
         if op.expect is None:
-            result = await exchange.create(path, data, insist=True)
+            created = await exchange.create_until(path, data, insist=True, check=None)
+            result = created.result
+            if isinstance(result, Content) and created.unsure and not lost(result):
+                raise undecided(path)
         else:
             if self._documents.get(path, (0, None))[0] != version - 1:
                 await self.document(op.namespace, op.queue)
             known = self._documents.get(path)
             if known is None or known[0] != version - 1:
                 return Conflict(Cause.STATE)
-            result = cast("Tag", await exchange.swap(path, data, known[1]))
+            result = await exchange.swap(path, data, known[1], lost=lost)
         if not isinstance(result, Tag):
             self._documents.pop(path, None)
             return Conflict(Cause.STATE)
