@@ -449,11 +449,14 @@ class Writer:
         if not isinstance(written, Known):
             held = records.decode_held(written.data, name.path)
             if held.birth != record.birth:
-                return await self._overtaken(record, claims, wanted, held)
+                return await self._overtaken(name, record, claims, wanted, held)
             # It is this insert's, and somebody was fast.
         for claim, (_, _, unique) in zip(claims, wanted, strict=True):
             try:
                 other = await self._markers.confirm(claim)
+                if other is not None:
+                    # Its time was over when it came to be confirmed; perhaps nothing came of the other one.
+                    other = await self._markers.other(name, claim)
             except StoreError as error:
                 # The message is in. Who meets the marker finds it and confirms, as does who removes it.
                 log.warning(
@@ -470,12 +473,17 @@ class Writer:
         return Inserted(records.item(record, name), records.mark(record, name))
 
     async def _overtaken(
-        self, record: Record, claims: list[Claim], wanted: list[tuple[str, Marker, Unique | None]], held: Held
+        self,
+        name: Name,
+        record: Record,
+        claims: list[Claim],
+        wanted: list[tuple[str, Marker, Unique | None]],
+        held: Held,
     ) -> Conflict:
         """The name of an insert is taken: by another's message, or by who took its marker over and fenced it off."""
         if isinstance(held, Tombstone):
             for claim, (_, _, unique) in zip(claims, wanted, strict=True):
-                other = await self._markers.other(claim)
+                other = await self._markers.other(name, claim)
                 if other is not None:
                     await self.release(claims)
                     return Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, other)
@@ -521,22 +529,24 @@ class Writer:
         brings: list[NewRecord] = []
         goals: list[Goal] = []
         all_claims: list[Claim] = []
-        causes: dict[int, Cause] = {}
-        mine: dict[str, str] = {}
+        mine: dict[str, int] = {}
+        """Marker → number of the insert that has it."""
+        demands: dict[str, tuple[NewRecord, Marker, Unique | None]] = {}
         for index, op in enumerate(inserts):
             new, wanted = self.draft(op, known.name.path)
             conflict: Conflict | None = None
             for path, _, unique in wanted:
                 if path in mine and conflict is None:
-                    conflict = Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, mine[path])
+                    twin = inserts[mine[path]].item.id
+                    conflict = Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, twin)
             claims = conflict or await self._acquire_or_release(op, new, wanted, all_claims)
             if isinstance(claims, Conflict):
                 await self.release(all_claims)
                 return refused(index + 1, claims)
-            for claim, (_, _, unique) in zip(claims, wanted, strict=True):
-                mine[claim.path] = new.record.id
+            for claim, (path, marker, unique) in zip(claims, wanted, strict=True):
+                mine[path] = index
+                demands[path] = new, marker, unique
                 goals.append(self._markers.goal(claim, index))
-                causes[index] = Cause.EXISTS if unique is None else Cause.UNIQUE
             all_claims += claims
             brings.append(new)
         for _ in range(TRIES):
@@ -554,17 +564,38 @@ class Writer:
                 await self.release(all_claims)
                 return refused(0, again)
             known = again
+            lost = await self._renew(all_claims, demands)
+            if lost is not None:
+                path, conflict = lost
+                await self.release(all_claims)
+                return refused(mine[path] + 1, conflict)
         else:
             await self.release(all_claims)
             raise self._restless(removal.item)
         outcomes: list[Outcome] = [Removed()]
-        for index, (name, record) in enumerate(brings):
-            if index in moved.withdrawn:
-                outcomes.append(Conflict(causes[index], moved.withdrawn[index]))
-            else:
-                self._blobs.used(record.namespace, record.queue, record.blob)
-                outcomes.append(Inserted(records.item(record, name), records.mark(record, name)))
+        for name, record in brings:
+            self._blobs.used(record.namespace, record.queue, record.blob)
+            outcomes.append(Inserted(records.item(record, name), records.mark(record, name)))
         return outcomes
+
+    async def _renew(
+        self, claims: list[Claim], demands: dict[str, tuple[NewRecord, Marker, Unique | None]]
+    ) -> tuple[str, Conflict] | None:
+        """See to it that the markers are still those of a hand-off whose message has changed: perhaps that was done by
+        who takes one of them over. The marker that it cannot have any more, and why."""
+        try:
+            for index, claim in enumerate(claims):
+                new, marker, unique = demands[claim.path]
+                renewed: Claim | Conflict | None = await self._markers.renew(claim)
+                if renewed is None:
+                    renewed = await self._markers.acquire(new.name, claim.path, marker, unique)
+                if isinstance(renewed, Conflict):
+                    return claim.path, renewed
+                claims[index] = renewed
+        except StoreError:
+            await self.release(claims)
+            raise
+        return None
 
     async def _acquire_or_release(
         self,
