@@ -233,9 +233,9 @@ class Exchange:
                 await self.pause(attempt)
         raise AssertionError("unreachable")
 
-    async def delete_once(self, path: str, *, alone: bool = True, still: Callable[[], bool] = lambda: True) -> None:
-        """One request, not repeated, and shared with others' unless ``alone``; sent only if ``still`` says yes when its
-        turn has come. Raises TooLate, OutcomeUnknown."""
+    async def delete_once(self, path: str, *, alone: bool, still: Callable[[], bool]) -> None:
+        """Remove a message: one request, not repeated here, and shared with others' unless ``alone``; sent only if
+        ``still`` says yes when its turn has come. Raises TooLate, OutcomeUnknown."""
         if not alone:
             await self._deletes.delete(path, still)
             return
@@ -243,6 +243,20 @@ class Exchange:
             if not still():
                 raise TooLate
             await self.bucket.delete(path)
+
+    async def delete_reusable(self, path: str, still: Callable[[], bool]) -> bool:
+        """Remove an object whose name will be used again: one request, sent only if ``still`` says yes when its turn
+        has come, and by nobody a second time unless the first certainly did nothing. Whether that went through; if not
+        it may take place yet. Raises StoreError."""
+        async with self._slots:
+            if not still():
+                return False
+            try:
+                await self.bucket.delete(path, once=True)
+            except OutcomeUnknown:
+                self.unknown += 1
+                return False
+            return True
 
 
 def undecided(path: str) -> OutcomeUnknown:

@@ -14,7 +14,6 @@ one that says it is going, which nobody takes over while the delete may be on it
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -23,7 +22,6 @@ from millpond.errors import StoreError
 from millpond.stores.base import Box, Cause, Conflict, Unique
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
-from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.index import Known
 from millpond.stores.objects.names import Name
@@ -258,10 +256,7 @@ class Markers:
         if not isinstance(result, Tag):
             return False
         # Where the reply took long, others may be about to take it over: it is left to the next sweep.
-        with suppress(TooLate):
-            await self._engine.exchange.delete_once(path, still=in_time)
-            return True
-        return False
+        return await self._engine.exchange.delete_reusable(path, in_time)
 
     async def redeem(self, path: str, birth: bytes) -> None:
         """The message with this birth is there, and about to go: see to it that its marker is confirmed."""
