@@ -110,18 +110,20 @@ class Markers:
         taken = Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, present.id)
         if present.standing == Standing.CONFIRMED:
             return taken if unique is not None or await self._is_there(owner, present) else True
-        if await self._is_there(owner, present) or (patience <= 0 and not await self._fence(owner, present)):
+        if await self._is_there(owner, present) or (
+            patience <= 0 and not await self.fence(owner.namespace, owner.queue, present)
+        ):
             await self._engine.exchange.swap(path, records.encode(self.confirmed(present)), content.tag)
             return taken
         return patience <= 0
 
-    async def _fence(self, owner: Name, marker: Marker) -> bool:
+    async def fence(self, namespace: str, queue: str, marker: Marker) -> bool:
         """Take the name that a pending marker's message has not taken yet, so that it will not come at all, however
         slow its writer or his request are; False: it was there after all."""
         engine = self._engine
         if marker.via:
             return await self._fence_source(marker)
-        name = names.of_place(owner.namespace, owner.queue, marker.place)
+        name = names.of_place(namespace, queue, marker.place)
         stone = Tombstone(records.FORMAT, engine.write_id(), engine.ids.random(records.BIRTH_BYTES), 1, "")
         result = await engine.exchange.create(name.path, records.encode_tombstone(stone), insist=True)
         if isinstance(result, Tag):
@@ -130,7 +132,7 @@ class Markers:
         return isinstance(held, Tombstone) or held.birth != marker.birth
 
     async def _fence_source(self, marker: Marker) -> bool:
-        """As `_fence`, of a message that a hand-off is to bring: change the version of what is handed off."""
+        """As `fence`, of a message that a hand-off is to bring: change the version of what is handed off."""
         engine = self._engine
         source = names.parse(marker.via)
         for _ in range(TRIES):

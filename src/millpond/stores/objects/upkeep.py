@@ -322,7 +322,10 @@ class Upkeep:
                 continue
             try:
                 marker = records.decode(Marker, content.data, entry.name)
-                if await self._markers.find(*name, marker) is None:
+                if await self._markers.find(*name, marker) is not None:
+                    continue
+                # Whoever is about to write the message may only have stood still.
+                if marker.standing != Standing.PENDING or await self._markers.fence(*name, marker):
                     await self._markers.remove(entry.name, content)
             except _UNREADABLE as error:
                 self._listing.report(entry.name, error)

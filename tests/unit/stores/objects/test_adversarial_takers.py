@@ -150,3 +150,30 @@ async def test_an_insert_is_not_a_duplicate_of_one_that_never_came() -> None:
         await apply(store, fresh(2, unique=KEY))
     await insert(store, fresh(4, unique=KEY))
     assert [record.item.id for record in (await store.list(*QUEUE, Box.LIVE)).records] == [fresh(4).item.id]
+
+
+@pytest.mark.parametrize("hand_off", [True, False])
+async def test_an_id_is_not_given_twice_by_who_stood_still_for_hours(hand_off: bool) -> None:
+    """A sweep has removed his marker, and others have used the id since."""
+    rig = Rig()
+    store, network = await scripted(rig)
+    other, _ = await scripted(rig)
+    first, second = fresh(9, queue="next", chosen=True), fresh(9, at=NOW + 1, queue="next", chosen=True)
+
+    async def hours_pass() -> None:
+        rig.clock.jump(7200)
+        await other.sweep(NOW, older_than=10**9, limit=10)
+        assert [name for name in rig.root.objects if "/next/i/" in name] == []
+        assert isinstance(await apply(other, second), Inserted)
+
+    removal = await _held(store) if hand_off else None
+    before(network, "replace" if hand_off else "create", "/q/m/" if hand_off else "/next/m/", hours_pass)
+    if removal is not None:
+        assert await store.commit([removal, first]) == [
+            Conflict(Cause.ABORTED),
+            Conflict(Cause.EXISTS, second.item.id),
+        ]
+    else:
+        assert await apply(store, first) == Conflict(Cause.EXISTS, second.item.id)
+    after = await rig.rescue()
+    assert [record.mark.due for record in (await after.list("default", "next", Box.LIVE)).records] == [NOW + 1]
