@@ -32,8 +32,9 @@ format: $(VENV)/.dev.stamp  ## put the code in order
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.bench.stamp  ## the figures of this machine, as JSON
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+FIGURES ?= run
+bench: $(VENV)/.bench.stamp  ## the figures of this machine, as JSON; FIGURES=bucket for those in a bucket
+	@$(BIN)/python benchmarks/$(FIGURES).py $(ARGS)
 
 # uv looks up the versions; nothing but the lock files needs it. --universal: one lock for all Pythons and systems.
 UV_COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
@@ -82,5 +83,5 @@ $(VENV)/.servers.stamp: tests/servers/package-lock.json $(VENV)/.dev.stamp
 
 $(VENV)/.bench.stamp: requirements/bench.lock $(VENV)/.dev.stamp
 	@echo "Installing the queues to compare with"
-	@$(PIP) install --require-hashes -r requirements/bench.lock
+	@$(PIP) install --require-hashes --no-deps -r requirements/bench.lock  # whole as it is; see [tool.uv] in pyproject
 	@touch $@

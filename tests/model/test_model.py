@@ -18,6 +18,7 @@ from tests.model.machine import (
     EncryptedMemoryMachine,
     EncryptedObjectsMachine,
     EncryptedSqliteMachine,
+    FaultyObjectsMachine,
     Machine,
     ObjectsMachine,
     SqliteMachine,
@@ -49,6 +50,7 @@ def _settings(examples: int) -> settings:
         (ObjectsMachine, 40),
         (DeletingObjectsMachine, 40),
         (EncryptedObjectsMachine, 10),
+        (FaultyObjectsMachine, 8),
     ],
     ids=[
         "memory",
@@ -59,6 +61,7 @@ def _settings(examples: int) -> settings:
         "objects-fenced",
         "objects",
         "objects-encrypted",
+        "objects-faulty",
     ],
 )
 def test_queue_does_what_its_model_does(machine: type[Machine], examples: int) -> None:

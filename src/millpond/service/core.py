@@ -94,6 +94,8 @@ class Core:
         """Messages acked, per queue; counted where requests are to be set against them."""
         self._caches: OrderedDict[QueueKey, ReadyCache] = OrderedDict()
         self._policies: OrderedDict[QueueKey, _Policy] = OrderedDict()
+        self._reading: dict[QueueKey, asyncio.Future[_Policy]] = {}
+        """Policies that are being read."""
         self._refills: dict[QueueKey, asyncio.Future[bool]] = {}
         """Reads under way; True when done, False when given up."""
         self._status_data = b""
@@ -370,7 +372,23 @@ class Core:
 
     async def defaults(self, key: QueueKey) -> Defaults:
         """The queue's policy and defaults, at most ``policy_max_age`` old. Raises StoreCorrupt."""
-        return self.defaults_at_hand(key) or (await self._read_policy(key)).defaults
+        at_hand = self.defaults_at_hand(key)
+        if at_hand is not None:
+            return at_hand
+        if not self.costs:
+            return (await self._read_policy(key)).defaults
+        # Hundreds of callers may come upon an old copy at once; one read that is paid for serves them all.
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = self._reading[key] = asyncio.ensure_future(self._read_policy(key))
+            reading.add_done_callback(lambda done: self._policy_read(key, done))
+        return (await asyncio.shield(reading)).defaults
+
+    def _policy_read(self, key: QueueKey, done: asyncio.Future[_Policy]) -> None:
+        if self._reading.get(key) is done:
+            del self._reading[key]
+        if not done.cancelled():
+            done.exception()  # whoever still waits is told; nobody may be
 
     async def policy(self, key: QueueKey, *, fresh: bool = False) -> QueuePolicy:
         """The queue's policy, at most ``policy_max_age`` old unless ``fresh``. Raises StoreCorrupt."""
@@ -413,6 +431,7 @@ class Core:
         [outcome] = await self.write([PutDocument(*key, expect, encode_policy(policy))])
         if isinstance(outcome, DocumentWritten):
             self._remember_policy(key, policy, outcome.etag)
+            self._reading.pop(key, None)
             self.on_ready(*key)
             return True
         assert isinstance(outcome, Conflict)

@@ -21,7 +21,7 @@ from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS, QueueKey, log
 from millpond.service.ready import ReadyCacheStats, Record
 from millpond.service.states import States
-from millpond.stores.base import Box, Conflict, Counts, Op, QueueName, Remove, Removed, Updated
+from millpond.stores.base import Box, Cause, Conflict, Counts, Op, QueueName, Remove, Removed, Updated
 
 PAGE = 500
 """Records per page when a whole box is worked through: bounded memory, shared commits."""
@@ -286,15 +286,26 @@ class QueueService(States):
         while True:
             page = await self.list_messages(*key, after=after, limit=PAGE, box=box)
             planned = [(record, op) for record in page.records if (op := decide(record)) is not None]
-            if planned:
-                outcomes = await self.write([op for _, op in planned])
-                for (record, _), outcome in zip(planned, outcomes, strict=True):
-                    if not isinstance(outcome, Conflict):
-                        total += 1
-                        done(record, outcome)
+            total += await self._write_planned(planned, done)
             if page.next_after is None:
                 return total
             after = page.next_after
+
+    async def _write_planned(self, planned: Sequence[tuple[Record, Op]], done: Callable[[Record, Any], None]) -> int:
+        """Write them; how many went through. A store that is asked for many may leave some out for no fault of theirs:
+        these are tried again, and when none of them goes through the store says what is wrong."""
+        total = 0
+        while planned:
+            outcomes = await self.write([op for _, op in planned])
+            left_out = []
+            for one, outcome in zip(planned, outcomes, strict=True):
+                if not isinstance(outcome, Conflict):
+                    total += 1
+                    done(one[0], outcome)
+                elif outcome.cause is Cause.ABORTED:
+                    left_out.append(one)
+            planned = left_out
+        return total
 
     async def purge(self, namespace: str | None, queue: str) -> int:
         """Remove every live message that no consumer holds; how many. Dead letters stay."""
@@ -353,13 +364,7 @@ class QueueService(States):
         wanted = dict.fromkeys([names.message_id(id) for id in ids])
         records = [await self.dead_letter(*key, id) for id in wanted]
         planned = [(record, op) for record in records if (op := decide(record)) is not None]
-        outcomes = await self.write([op for _, op in planned])
-        count = 0
-        for (record, _), outcome in zip(planned, outcomes, strict=True):
-            if not isinstance(outcome, Conflict):
-                count += 1
-                done(record, outcome)
-        return count
+        return await self._write_planned(planned, done)
 
     async def dead_letter(self, namespace: str | None, queue: str, id: str) -> Record:
         """A dead letter by its id. Raises MessageNotFound, also for a message that is still alive."""

@@ -14,9 +14,10 @@ from tests.unit.service.far import Far
 
 import millpond.testing
 from millpond import Config, InvalidInput, InvalidQueue, Queue
+from millpond.errors import StoreError
 from millpond.model.clock import ManualClock
 from millpond.stores.base import Reach
-from millpond.stores.faulty import FaultyStore
+from millpond.stores.faulty import FaultyStore, Gate, fail_before, hold, nth
 from millpond.stores.memory import MemoryStore
 from millpond.testing import TestPond
 
@@ -478,3 +479,43 @@ async def test_a_slow_worker_does_not_look_before_each_message() -> None:
             clock.advance(2)
             await message.ack()
         assert len(store.limits) <= 20 / 2
+
+
+async def test_callers_that_come_at_once_share_one_read_of_the_policy() -> None:
+    async with paid() as (made, pond):
+        queue = pond.queue("q")
+        for count in (1, 2):
+            gate = Gate()
+            made.store.plan = lambda call, gate=gate: hold(gate) if call.method == "document" else None
+            calls = [asyncio.ensure_future(queue.enqueue(b"x")) for _ in range(20)]
+            await gate.reached.wait()
+            await pond.settle()
+            gate.open()
+            await asyncio.gather(*calls)
+            assert made.calls["document"] == count
+            made.clock.advance(HOUR)
+
+
+async def test_a_caller_who_leaves_takes_the_shared_read_from_nobody() -> None:
+    async with paid() as (made, pond):
+        queue = pond.queue("q")
+        gate = Gate()
+        made.store.plan = nth(1, "document", hold(gate))
+        first, second = (asyncio.ensure_future(queue.enqueue(b"x")) for _ in range(2))
+        await gate.reached.wait()
+        first.cancel()
+        gate.open()
+        assert (await second).message_id
+        await asyncio.gather(first, return_exceptions=True)
+        assert first.cancelled()
+        assert made.calls["document"] == 1
+
+
+async def test_a_shared_read_that_fails_fails_for_all_and_is_tried_again() -> None:
+    async with paid() as (made, pond):
+        queue = pond.queue("q")
+        made.store.plan = nth(1, "document", fail_before())
+        errors = await asyncio.gather(*(queue.enqueue(b"x") for _ in range(3)), return_exceptions=True)
+        assert [type(error) for error in errors] == [StoreError] * 3
+        assert (await queue.enqueue(b"x")).message_id
+        assert made.calls["document"] == 2
