@@ -454,9 +454,6 @@ class Writer:
         for claim, (_, _, unique) in zip(claims, wanted, strict=True):
             try:
                 other = await self._markers.confirm(claim)
-                if other is not None:
-                    # Its time was over when it came to be confirmed; perhaps nothing came of the other one.
-                    other = await self._markers.other(name, claim)
             except StoreError as error:
                 # The message is in. Who meets the marker finds it and confirms, as does who removes it.
                 log.warning(
@@ -465,6 +462,10 @@ class Writer:
                 )
                 continue
             if other is not None and await self._moves.withdraw(name, record.birth):
+                other = await self._markers.other(name, claim)
+                if other is None:
+                    # Perhaps nothing will come of the other one.
+                    raise self._given_up(record)
                 return Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, other)
             present = self._engine.index.get(name.path)
             if unique is not None and other is None and present is not None and present.record.birth == record.birth:
@@ -489,8 +490,12 @@ class Writer:
                     return Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, other)
         await self.release(claims)
         if claims and isinstance(held, Tombstone):
-            raise StoreError(f"the insert of message {record.id} took so long that others gave it up; try again")
+            raise self._given_up(record)
         return Conflict(Cause.EXISTS, record.id)
+
+    @staticmethod
+    def _given_up(record: Record) -> StoreError:
+        return StoreError(f"the insert of message {record.id} took so long that others gave it up; try again")
 
     async def in_the_way(self, op: Insert) -> Conflict | None:
         """What refuses an insert, whatever its payload."""
