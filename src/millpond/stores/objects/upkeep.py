@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -13,7 +12,7 @@ from millpond.stores.base import Box, Problem, QueueName
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import Entry, Tag
-from millpond.stores.objects.engine import OLD, READS, Engine
+from millpond.stores.objects.engine import OLD, Engine
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.index import same
@@ -130,28 +129,17 @@ class Upkeep:
         reads: int,
         limit: int,
     ) -> int:
-        """Do this work on the objects that are wanted, some at once, until ``limit`` of them have gone by it or so many
-        were read; how many have gone."""
+        """Do this work on the objects that are wanted, one after the other, until ``limit`` of them have gone by it or
+        so many were read; how many have gone."""
         gone = done = 0
-        some: list[Entry] = []
         async with aclosing(self._rounds.pass_over(prefix)) as groups:
             async for group in groups:
-                some += filter(wanted, group)
-                if some and len(some) >= min(READS, limit - gone, reads - done):
-                    done += len(some)
-                    gone += await self._all_at_once(some, work)
-                    some = []
-                    if gone >= limit or done >= reads:
-                        return gone
-        return gone + await self._all_at_once(some, work)
-
-    @staticmethod
-    async def _all_at_once(some: list[Entry], work: Callable[[Entry], Awaitable[bool]]) -> int:
-        results = await asyncio.gather(*map(work, some), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return sum(result is True for result in results)
+                for entry in filter(wanted, group):
+                    done += 1
+                    gone += await work(entry)
+                if gone >= limit or done >= reads:
+                    break
+        return gone
 
     async def _old_blobs(self, name: QueueName, before: int) -> list[BlobName]:
         """Payloads whose upload began before this, and gave no sign of life since; old signs of life, too. So many, and
