@@ -86,8 +86,11 @@ class Bucket(Protocol):
     async def read(self, name: str) -> Content | None:
         """The whole object; None when there is none."""
 
-    async def delete(self, name: str) -> None:
-        """Remove an object, if it is there."""
+    async def delete(self, name: str, *, once: bool = False) -> None:
+        """Remove an object, if it is there.
+
+        ``once``: its name will be used again, and a request of which two copies were sent might remove what comes after
+        it, too; so it is not sent again unless the first one certainly did nothing."""
 
     async def delete_many(self, names: list[str]) -> None:
         """Remove objects, in as few requests as the cloud allows."""

@@ -282,13 +282,21 @@ class Engine:
             return [await one(about[0])]
         return list(await asyncio.gather(*map(one, about)))
 
-    async def swap_record(self, known: Known, record: Record, *, claimed: bool) -> Known | Found | None:
-        """Replace a record: as it is now known, or what is there instead. Raises OutcomeUnknown, StoreError."""
+    async def swap_record(
+        self, known: Known, record: Record, *, claimed: bool, void: bool = False
+    ) -> Known | Found | None:
+        """Replace a record: as it is now known, or what is there instead. ``void``: should it take place and be written
+        over by others at once, then it is as if it had not. Raises OutcomeUnknown, StoreError."""
         name = known.name
         now = self.now()
         started = self.skew.started()
         try:
-            result = await self.exchange.swap(name.path, records.encode_record(record, name, now), known.tag)
+            result = await self.exchange.swap(
+                name.path,
+                records.encode_record(record, name, now),
+                known.tag,
+                lost=None if void else lambda content: _is_before(content, name, known.record, record),
+            )
         except BaseException:
             self.index.forget(name.path)
             raise
@@ -319,3 +327,15 @@ class Engine:
         """Whether an intent has been worked off: its object is not there any more."""
         content = await self.exchange.read(path)
         return content is None or records.form(len(content.data)).kind != records.Kind.MOVING
+
+
+def _is_before(content: Content, name: Name, old: Record, new: Record) -> bool:
+    """Whether a write of ``new`` over ``old`` has not taken place, by what is there now: the numbers of all that
+    follows it are not below its own. Where it leaves them alone it may as well be repeated."""
+    held = records.decode_held(content.data, name.path)
+    if not isinstance(held, Record) or held.birth != old.birth:
+        return False
+    if held.version < new.version or held.state_version < new.state_version:
+        return True
+    before, after = ((one.version, one.state_version) for one in (old, held))
+    return before == after

@@ -101,7 +101,7 @@ class Exchange:
                 except StoreError as error:
                     if unsure:
                         # This try did not take place; one before it may have.
-                        raise _undecided(path) from error
+                        raise undecided(path) from error
                     raise
             else:
                 await self.pause(attempt)
@@ -111,11 +111,15 @@ class Exchange:
                 return Created(content.tag if content.data == data else content, unsure)
             if insist:
                 await self.pause(attempt)
-        raise _undecided(path)
+        raise undecided(path)
 
-    async def swap(self, path: str, data: bytes, tag: Tag) -> Tag | Content | None:
+    async def swap(
+        self, path: str, data: bytes, tag: Tag, *, lost: Callable[[Content], bool] | None = None
+    ) -> Tag | Content | None:
         """Write an object that still is the version ``tag``: its new tag, or what is there instead.
 
+        ``lost``: whether what is there shows that this write has not taken place. Asked after a lost reply: others may
+        have written over it already, and who asked for it must not be told that it was refused.
         Raises OutcomeUnknown, StoreError."""
         unsure = False
         for attempt in range(ATTEMPTS):
@@ -131,26 +135,28 @@ class Exchange:
             except StoreError as error:
                 if unsure:
                     # This try did not take place; one before it may have, or may do so yet.
-                    raise _undecided(path) from error
+                    raise undecided(path) from error
                 raise
             content = await self._read_back(path)
             if content is None:
                 if unsure:
                     # Perhaps it was written, and what was written has had its day.
-                    raise _undecided(path)
+                    raise undecided(path)
                 return None
             if content.data == data:
                 return content.tag
             if not same(content.tag, tag):
+                if unsure and lost is not None and not lost(content):
+                    raise undecided(path)
                 return content
             # Not there (yet). Should the first one arrive after all, this one will find the object changed, by itself.
-        raise _undecided(path)
+        raise undecided(path)
 
     async def _read_back(self, path: str) -> Content | None:
         try:
             return await self.read(path)
         except StoreError as error:
-            raise _undecided(path) from error
+            raise undecided(path) from error
 
     async def read(self, path: str) -> Content | None:
         """The object; None when there is none."""
@@ -227,9 +233,9 @@ class Exchange:
                 await self.pause(attempt)
         raise AssertionError("unreachable")
 
-    async def delete_once(self, path: str, *, alone: bool = True, still: Callable[[], bool] = lambda: True) -> None:
-        """One request, not repeated, and shared with others' unless ``alone``; sent only if ``still`` says yes when its
-        turn has come. Raises TooLate, OutcomeUnknown."""
+    async def delete_once(self, path: str, *, alone: bool, still: Callable[[], bool]) -> None:
+        """Remove a message: one request, not repeated here, and shared with others' unless ``alone``; sent only if
+        ``still`` says yes when its turn has come. Raises TooLate, OutcomeUnknown."""
         if not alone:
             await self._deletes.delete(path, still)
             return
@@ -238,8 +244,23 @@ class Exchange:
                 raise TooLate
             await self.bucket.delete(path)
 
+    async def delete_reusable(self, path: str, still: Callable[[], bool]) -> bool:
+        """Remove an object whose name will be used again: one request, sent only if ``still`` says yes when its turn
+        has come, and by nobody a second time unless the first certainly did nothing. Whether that went through; if not
+        it may take place yet. Raises StoreError."""
+        async with self._slots:
+            if not still():
+                return False
+            try:
+                await self.bucket.delete(path, once=True)
+            except OutcomeUnknown:
+                self.unknown += 1
+                return False
+            return True
 
-def _undecided(path: str) -> OutcomeUnknown:
+
+def undecided(path: str) -> OutcomeUnknown:
+    """The error for a write of which nobody can tell any more whether it took place."""
     return OutcomeUnknown(
         f"whether object {path} was written is not known: the bucket's replies got lost. Read the message or queue "
         "before trying again; an enqueue with a dedup_key or message_id may simply be repeated"

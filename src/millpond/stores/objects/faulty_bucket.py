@@ -368,9 +368,9 @@ class FaultyBucket:
         """The inner bucket's ``replace``."""
         return await self._change("replace", name, lambda inner: inner.replace(name, data, tag))
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, once: bool = False) -> None:
         """The inner bucket's ``delete``."""
-        await self._change("delete", name, lambda inner: inner.delete(name))
+        await self._change("delete", name, lambda inner: inner.delete(name, once=once))
 
     async def delete_many(self, names: list[str]) -> None:
         """The inner bucket's ``delete_many``, of half of the names when it gets lost partly."""

@@ -9,13 +9,11 @@ is up to their keys: the time of entry, by the clocks of those who put them in.
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import suppress
 
 from millpond.errors import StoreCorrupt
 from millpond.stores.base import Box
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
-from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Pointer, Record
@@ -155,7 +153,4 @@ class Groups:
             return False
         self._known.pop((namespace, queue, names.last_part(path)), None)
         # Where the reply took long, others may be about to move it on: it is left to the next sweep.
-        with suppress(TooLate):
-            await self._engine.exchange.delete_once(path, still=in_time)
-            return True
-        return False
+        return await self._engine.exchange.delete_reusable(path, in_time)

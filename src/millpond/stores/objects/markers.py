@@ -2,7 +2,11 @@
 
 An insert that needs one writes it as pending, then the message, then confirms it. Whoever meets a pending marker looks
 for its message: if that is there the insert has succeeded, and he may confirm the marker himself; if not he waits a
-little, and then takes the marker over. Its first owner finds that out when he confirms, and withdraws his message.
+little, sees to it that the message will not come any more, and takes the marker over.
+
+What a hand-off brings comes with its intent, which is written over the message that is handed off as it was before the
+markers were. So who takes such a marker over writes that message anew first, as it is: the intent then meets another
+version, and its writer, before he tries again, must renew his markers (`Markers.renew`) or finds that he has lost one.
 
 The names of markers are used again, so a marker is never simply deleted: it is first replaced, under a condition, by
 one that says it is going, which nobody takes over while the delete may be on its way.
@@ -10,7 +14,6 @@ one that says it is going, which nobody takes over while the delete may be on it
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import NamedTuple
 
 import msgspec
@@ -19,8 +22,8 @@ from millpond.errors import StoreError
 from millpond.stores.base import Box, Cause, Conflict, Unique
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
-from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine
+from millpond.stores.objects.index import Known
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Goal, Intent, Marker, Record, Standing, Tombstone
 
@@ -107,16 +110,20 @@ class Markers:
         taken = Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, present.id)
         if present.standing == Standing.CONFIRMED:
             return taken if unique is not None or await self._is_there(owner, present) else True
-        if await self._is_there(owner, present) or (patience <= 0 and not await self._fence(owner, present)):
+        if await self._is_there(owner, present) or (
+            patience <= 0 and not await self.fence(owner.namespace, owner.queue, present)
+        ):
             await self._engine.exchange.swap(path, records.encode(self.confirmed(present)), content.tag)
             return taken
         return patience <= 0
 
-    async def _fence(self, owner: Name, marker: Marker) -> bool:
+    async def fence(self, namespace: str, queue: str, marker: Marker) -> bool:
         """Take the name that a pending marker's message has not taken yet, so that it will not come at all, however
         slow its writer or his request are; False: it was there after all."""
         engine = self._engine
-        name = names.of_place(owner.namespace, owner.queue, marker.place)
+        if marker.via:
+            return await self._fence_source(marker)
+        name = names.of_place(namespace, queue, marker.place)
         stone = Tombstone(records.FORMAT, engine.write_id(), engine.ids.random(records.BIRTH_BYTES), 1, "")
         result = await engine.exchange.create(name.path, records.encode_tombstone(stone), insist=True)
         if isinstance(result, Tag):
@@ -124,13 +131,41 @@ class Markers:
         held = records.decode_held(result.data, name.path)
         return isinstance(held, Tombstone) or held.birth != marker.birth
 
-    async def other(self, claim: Claim) -> str | None:
-        """The id of the message that has taken a marker over from this claim; None if none has yet."""
+    async def _fence_source(self, marker: Marker) -> bool:
+        """As `fence`, of a message that a hand-off is to bring: change the version of what is handed off."""
+        engine = self._engine
+        source = names.parse(marker.via)
+        for _ in range(TRIES):
+            found = await engine.fetch(source)
+            if found is None:
+                return True
+            if isinstance(found.held, Intent):
+                return not any(target.birth == marker.birth for target in found.held.targets)
+            if found.known is None:
+                return True
+            same = msgspec.structs.replace(found.known.record, write_id=engine.write_id())
+            if isinstance(await engine.swap_record(found.known, same, claimed=found.known.claimed), Known):
+                return True
+        raise StoreError(f"object {marker.via} keeps changing; try again")
+
+    async def renew(self, claim: Claim) -> Claim | None:
+        """Write a pending marker anew, so that who is about to take it over has to look again; None if it is another's
+        by now."""
+        fresh = msgspec.structs.replace(claim.marker, write_id=self._engine.write_id())
+        result = await self._engine.exchange.swap(claim.path, records.encode(fresh), claim.tag)
+        return Claim(claim.path, fresh, result) if isinstance(result, Tag) else None
+
+    async def other(self, owner: Name, claim: Claim) -> str | None:
+        """The id of the message that has taken a marker over from this claim; None if none has yet, or if that message
+        is not there either."""
         content = await self._engine.exchange.read(claim.path)
         if content is None:
             return None
         present = records.decode(Marker, content.data, claim.path)
-        return None if present.birth == claim.marker.birth else present.id
+        if present.birth == claim.marker.birth:
+            return None
+        there = present.standing == Standing.CONFIRMED and present.until > 0
+        return present.id if there or await self._is_there(owner, present) else None
 
     async def _is_there(self, owner: Name, marker: Marker) -> bool:
         """Whether the message that a marker speaks of is in one of the boxes, or about to be."""
@@ -223,10 +258,7 @@ class Markers:
         if not isinstance(result, Tag):
             return False
         # Where the reply took long, others may be about to take it over: it is left to the next sweep.
-        with suppress(TooLate):
-            await self._engine.exchange.delete_once(path, still=in_time)
-            return True
-        return False
+        return await self._engine.exchange.delete_reusable(path, in_time)
 
     async def redeem(self, path: str, birth: bytes) -> None:
         """The message with this birth is there, and about to go: see to it that its marker is confirmed."""

@@ -137,7 +137,7 @@ class MemoryBucket:
         await self._reply()
         return content
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, once: bool = False) -> None:
         """Remove an object, if it is there."""
         await self._request()
         self._remove(name)

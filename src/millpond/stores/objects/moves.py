@@ -34,11 +34,8 @@ class NewRecord(NamedTuple):
     record: Record
 
 
-class Moved(NamedTuple):
-    """What a move that took place has come to."""
-
-    withdrawn: dict[int, str]
-    """Number of a target that had to go again → the message that has its unique key or id."""
+class Moved:
+    """The move took place: nothing of it is taken back."""
 
 
 def _deadline(engine: Engine) -> Callable[[], None]:
@@ -88,7 +85,13 @@ class Moves:
         )
         check = _deadline(engine)
         try:
-            result = await engine.exchange.swap(source.path, records.encode_intent(intent), known.tag)
+            result = await engine.exchange.swap(
+                source.path,
+                records.encode_intent(intent),
+                known.tag,
+                # Of an intent that was worked off a tombstone may be left; it is not followed by anything else.
+                lost=lambda content: records.form(len(content.data)).kind != records.Kind.GONE,
+            )
         except BaseException:
             engine.index.forget(source.path)
             raise
@@ -97,20 +100,19 @@ class Moves:
             return None if result is None else await self._instead(source, result, write_id)
         engine.leave(source.path)
         try:
-            withdrawn = await self._finish(source, intent, result, check, brings)
+            await self._finish(source, intent, result, check, brings)
         except StoreError as error:
             log.warning(
                 "millpond.objects.move_unfinished",
                 extra={"object": source.path, "message_id": record.id, "reason": str(error)},
             )
-            withdrawn = {}
-        return Moved(withdrawn)
+        return Moved()
 
     async def _instead(self, source: Name, content: Content, origin: bytes) -> Moved | Found:
         found = self._engine.take_in(source, content)
         if isinstance(found.held, Intent) and found.held.origin == origin:
             # Ours after all, and so long ago that somebody else is finishing it.
-            return Moved({})
+            return Moved()
         return found
 
     async def rescue(self, source: Name) -> bool:
@@ -133,7 +135,7 @@ class Moves:
 
     async def _finish(
         self, source: Name, intent: Intent, tag: Tag, check: Callable[[], None], brings: list[NewRecord]
-    ) -> dict[int, str]:
+    ) -> None:
         engine = self._engine
         # Its object is there as long as the intent is: nothing comes back by being written again (see above).
         created = await asyncio.gather(
@@ -145,18 +147,15 @@ class Moves:
         for one, (result, _) in zip(brings, created, strict=False):
             if isinstance(result, Tag):
                 engine.index.put(one.name, result, one.record)
-        withdrawn: dict[int, str] = {}
         for goal in intent.goals:
             check()
             marker = records.decode(Marker, goal.data, goal.path)
             if goal.target < 0:
                 await self._markers.point(source.namespace, source.queue, goal.path, marker)
                 continue
-            other = await self._markers.settle(goal.path, marker, None)
-            if other is not None and goal.target not in withdrawn:
-                target = intent.targets[goal.target]
-                await self.withdraw(names.parse(target.path), target.birth)
-                withdrawn[goal.target] = other
+            # Once the intent is written nobody takes the marker over but when its unique key has ended: whoever has it
+            # then, this message came first, and stays.
+            await self._markers.settle(goal.path, marker, None)
         if any(unsure for _, unsure in created):
             # A create that was given up may arrive yet. As long as the intent is there it finds its name taken, if only
             # by a tombstone; later it would bring back what has been used up.
@@ -164,7 +163,7 @@ class Moves:
                 "millpond.objects.move_unfinished",
                 extra={"object": source.path, "message_id": intent.id, "reason": "the reply to a write got lost"},
             )
-            return withdrawn
+            return
         check()
         await self._end(source, tag, intent.birth, intent.version, intent.via)
         for one in brings:
@@ -175,7 +174,6 @@ class Moves:
                 engine.index.put(known.name, known.tag, record, claimed=known.claimed)
         if intent.blob:
             await engine.exchange.delete(names.blobs_prefix(source.namespace, source.queue) + intent.blob)
-        return withdrawn
 
     # Ends of objects
 

@@ -157,13 +157,16 @@ class ObstoreBucket:
                 return None
             raise self._error(failed, "read", name) from None
 
-    async def delete(self, name: str) -> None:
-        """Remove an object, if it is there. Sent at the latest `DELETE_WINDOW` seconds after the call."""
-        await self._delete(name, min(self._patience, DELETE_WINDOW))
+    async def delete(self, name: str, *, once: bool = False) -> None:
+        """Remove an object, if it is there. Sent at the latest `DELETE_WINDOW` seconds after the call; ``once``: sent
+        again only where no copy of it can be on its way."""
+        await self._delete(name, min(self._patience, DELETE_WINDOW), once=once)
 
-    async def _delete(self, name: str, patience: float) -> None:
+    async def _delete(self, name: str, patience: float, *, once: bool = False) -> None:
         try:
-            await self._send("delete", name, lambda: self._obstore.delete_async(self._small, name), patience=patience)
+            await self._send(
+                "delete", name, lambda: self._obstore.delete_async(self._small, name), patience=patience, once=once
+            )
         except _Failed as failed:
             if failed.reply.outcome is not Outcome.MISSING:
                 raise self._error(failed, "delete", name) from None
@@ -427,9 +430,10 @@ class ObstoreBucket:
         *,
         repeatable: bool = False,
         patience: float | None = None,
+        once: bool = False,
     ) -> T:
-        """Send a request, and again while it certainly did not take place, or (``repeatable``) while it is not known
-        to have. Raises _Failed."""
+        """Send a request, and again while it did not take place, or (``repeatable``) while it is not known to have.
+        ``once``: not on the word of something on the way. Raises _Failed."""
         self._open(self._clients.small)
         until = self._clock.monotonic() + (self._patience if patience is None else patience)
         tries = 0
@@ -449,6 +453,8 @@ class ObstoreBucket:
             if outcome is Outcome.EXISTS and kind == "replace":
                 # A 409 of a replace: there is nothing else that it could mean.
                 reply = Reply(Outcome.AGAIN, reply.detail)
+            if once and reply.outcome is Outcome.THROTTLED and not reply.certain:
+                reply = Reply(Outcome.UNKNOWN, reply.detail)
             again = reply.outcome in {Outcome.AGAIN, Outcome.THROTTLED, Outcome.NOT_SENT}
             if not (again or (repeatable and outcome is Outcome.UNKNOWN)) or tries >= MOST_TRIES:
                 raise _Failed(reply, repeatable=repeatable)
@@ -471,7 +477,7 @@ class ObstoreBucket:
 
     def _error(self, failed: _Failed, kind: str, name: str) -> StoreError:
         """What the caller is told of a request that failed for good."""
-        outcome, detail = failed.reply
+        outcome, detail, _ = failed.reply
         what = f"{_WORDS[kind]} {name or 'the bucket'} in {self.where}"
         match outcome:
             case Outcome.THROTTLED:

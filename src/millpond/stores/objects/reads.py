@@ -13,7 +13,7 @@ from millpond.stores.base import Box, Counts, Page, QueueName, Stored
 from millpond.stores.objects import names, records
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.groups import Groups
-from millpond.stores.objects.listing import Listing, Seen
+from millpond.stores.objects.listing import Listing, Seen, Standing
 from millpond.stores.objects.ready import Heads
 from millpond.stores.objects.records import Kind
 
@@ -63,16 +63,25 @@ class Reader:
         oldest: int | None = None
         since = self._engine.index.seq
         heads = Heads(self._groups, self._listing, namespace, queue)
-        grouped: builtins.list[Seen] = []
+        # Of the many that wait behind the first of their group nothing is kept but their number; of those that are
+        # held, of which a group has one, how they stand.
+        grouped = 0
+        held: dict[str, Standing] = {}
         async for page in self._listing.pages(namespace, queue, Box.LIVE):
-            free = []
+            free, perhaps = [], []
             for seen in page:
                 total += seen.name.size
-                if seen.name.group:
-                    heads.see(seen, since)
-                    grouped.append(seen)
-                else:
+                if not seen.name.group:
                     free.append(seen)
+                    continue
+                grouped += 1
+                heads.see(seen, since)
+                # Whether a blocked one is due makes no difference, so only those that somebody may hold are looked at.
+                if seen.kind in (Kind.HELD, Kind.OTHER):
+                    perhaps.append(seen)
+            for standing in await self._listing.standings(perhaps, now, since):
+                if standing.leased and standing.due > now:
+                    held[standing.seen.name.path] = standing
             for standing in await self._listing.standings(free, now, since):
                 if standing.due <= now:
                     ready += 1
@@ -81,20 +90,13 @@ class Reader:
                     leased += 1
                 else:
                     delayed += 1
-        first = {seen.name.path for seen in heads.all()}
-        # Whether a blocked one is due makes no difference, so only those that somebody may hold are looked at.
-        behind = [seen for seen in grouped if seen.name.path not in first]
-        held = {
-            standing.seen.name.path
-            for standing in await self._listing.standings(
-                [seen for seen in behind if seen.kind in (Kind.HELD, Kind.OTHER)], now, since
-            )
-            if standing.leased and standing.due > now
-        }
+        front = heads.all()
+        behind = grouped - len(front)
         leased += len(held)
-        blocked += len(behind) - len(held)
-        front = [seen for seen in grouped if seen.name.path in first]
-        for standing in await self._listing.standings(front, now, since):
+        blocked += behind - (len(held) - sum(seen.name.path in held for seen in front))
+        for standing in await self._listing.standings(
+            [seen for seen in front if seen.name.path not in held], now, since
+        ):
             if standing.due <= now:
                 ready += 1
                 oldest = standing.due if oldest is None else min(oldest, standing.due)

@@ -97,7 +97,7 @@ class Goal(msgspec.Struct, frozen=True, array_like=True, gc=False):
     path: str
     data: bytes
     target: int
-    """Whose it is: the number of the target that has to go should the marker be another's by now; -1: none has to."""
+    """Whose it is: the number of the target that has the unique key or id; -1: it tells where a message went."""
 
 
 class Intent(msgspec.Struct, frozen=True, array_like=True, gc=False):

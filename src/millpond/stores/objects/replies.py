@@ -47,6 +47,9 @@ class Reply(NamedTuple):
     outcome: Outcome
     detail: str
     """The cloud's own words for it: status and code; for people."""
+    certain: bool = True
+    """Of a throttled request: it was turned away for its number. Servers also say that they are busy or unavailable
+    when a part of them failed with the request under way."""
 
 
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -68,6 +71,7 @@ _THROTTLED = {
     "SlowDown", "ServiceUnavailable", "ServerBusy", "Throttling", "ThrottlingException", "RequestThrottled",
     "RequestLimitExceeded", "BandwidthLimitExceeded", "TooManyRequests", "rateLimitExceeded", "userRateLimitExceeded",
 }  # fmt: skip
+_OVERLOADED = {"ServiceUnavailable", "ServerBusy"}
 _AGAIN = {"ConditionalRequestConflict", "OperationAborted"}
 """S3: "a conflicting conditional operation is in progress; try again"."""
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "ContainerDisabled", "InvalidBucketName"}
@@ -94,7 +98,7 @@ def read_reply(error: BaseException) -> Reply:
         return Reply(Outcome.CREDENTIALS, detail or "none found")
     by_code = _by_code(code)
     if by_code is not None:
-        return Reply(by_code, detail)
+        return Reply(by_code, detail, code not in _OVERLOADED)
     if status:
         return Reply(_by_status(status, kind), detail)
     if "redirect without LOCATION" in text:

@@ -111,10 +111,10 @@ class CountedBucket:
             counts.bytes_received += len(content.data)
         return content
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, once: bool = False) -> None:
         """As the bucket inside."""
         self._of(name).deletes += 1
-        await self.inner.delete(name)
+        await (self.inner.delete(name, once=True) if once else self.inner.delete(name))
 
     async def delete_many(self, names: list[str]) -> None:
         """As the bucket inside; counted for the queue of the first."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from typing import NamedTuple
 
 from millpond.errors import MillpondError, StoreCorrupt, StoreError, StoreMismatch
 from millpond.stores.base import Box, Problem, QueueName
@@ -20,15 +22,28 @@ from millpond.stores.objects.moves import Moves
 from millpond.stores.objects.names import BlobName, Name
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.records import Intent, Kind, Marker, Pointer, Record, Standing
+from millpond.stores.objects.rounds import Rounds
 
 QUIET = 3_600_000
 """Milliseconds after which an id marker or a pointer without its message goes: whoever wrote it is long done."""
 REMEMBERED = 200_000
 """Unique keys whose end is known, so that each is read once."""
+CHUNK = 10_000
+"""Old payloads, and id markers, that one sweep looks for the messages of, in each queue."""
+PER_LIMIT = 10
+"""Unique keys or pointers read for each that may go: what is younger is read once, too."""
 _BATCH = 1000
 _SLICE = 1000
 """Objects read for one part of a check, some at once: all of a long queue would fill the memory."""
 _UNREADABLE = (StoreCorrupt, StoreMismatch)
+
+
+class _Orphan(NamedTuple):
+    """A payload that no message seems to have."""
+
+    name: QueueName
+    path: str
+    id: str
 
 
 class Upkeep:
@@ -54,18 +69,30 @@ class Upkeep:
         self._reader = reader
         self._listing = listing
         self._until: OrderedDict[str, tuple[Tag, int]] = OrderedDict()
+        self._rounds = Rounds(engine)
+        self._passes = -1
 
-    async def _list(self, prefix: str) -> list[Entry]:
-        return [entry async for page in self._engine.exchange.pages(prefix) for entry in page]
+    async def _entries(self, prefix: str) -> AsyncGenerator[Entry, None]:
+        async with self._engine.listing(prefix) as pages:
+            async for page in pages:
+                for entry in page:
+                    yield entry
 
     async def sweep(self, now: int, older_than: int, limit: int) -> int:
         """Remove payloads without a record, unique keys that have ended, and (not counted) markers and pointers whose
-        messages are gone."""
+        messages are gone.
+
+        What it holds in memory and how many objects it reads is bounded, whatever there is in the bucket: of what is
+        more the next one sees to the rest."""
         queues = await self._reader.everywhere()
+        self._rounds.keep(tuple(names.folder(*name) for name in queues))
         await self._clocks()
+        # In turn, should one of them use up the limit each time.
+        self._passes += 1
+        first = self._passes % max(len(queues), 1)
         ended = 0
-        orphans: list[tuple[QueueName, str, str]] = []
-        for name in queues:
+        orphans: list[_Orphan] = []
+        for name in queues[first:] + queues[:first]:
             # Moves out of the dead box whose writers died: nobody else need ever look there.
             async with aclosing(self._listing.pages(*name, Box.DEAD)) as pages:
                 async for _ in pages:
@@ -73,22 +100,21 @@ class Upkeep:
             if ended < limit:
                 ended += await self._unique_keys(name, now, limit - ended)
             # First the payloads, then who may have one: a record that comes later than this has a payload that does.
-            old = await self._old_blobs(name, now - older_than)
-            markers = await self._list(names.markers_prefix(*name, "i"))
-            if old or markers:
-                present = await self._present(name)
-                orphans += [
-                    (name, blob.path, blob.id) for blob in old if not await self._owned(name, blob.path, present)
-                ]
+            old = await self._old_blobs(name, now - older_than) if len(orphans) < limit else []
+            markers = await self._quiet_markers(name)
+            wanted = {blob.id for blob in old} | {names.last_part(entry.name) for entry in markers}
+            if wanted:
+                present = await self._present(name, wanted)
+                await self._orphans(name, old, present, orphans, limit)
                 await self._id_markers(name, markers, present, limit)
             await self._pointers(name, limit)
-        coming = await self._coming(queues) if orphans else None
+        coming = await self._coming(queues, {orphan.path for orphan in orphans}) if orphans else None
         if coming is not None:
             gone = [
                 path
-                for name, path, id in orphans[: limit + len(coming)]
+                for name, path, id in dict.fromkeys(orphans)
                 if path not in coming and not await self._found(name, path, id)
-            ][:limit]
+            ]
             for start in range(0, len(gone), _BATCH):
                 await self._engine.exchange.delete_many(gone[start : start + _BATCH])
             for path in gone:
@@ -96,32 +122,86 @@ class Upkeep:
             ended += len(gone)
         return ended
 
+    async def _each(
+        self,
+        prefix: str,
+        wanted: Callable[[Entry], bool],
+        work: Callable[[Entry], Awaitable[bool]],
+        *,
+        reads: int,
+        limit: int,
+    ) -> int:
+        """Do this work on the objects that are wanted, one after the other, until ``limit`` of them have gone by it or
+        so many were read; how many have gone."""
+        gone = done = 0
+        async with aclosing(self._rounds.pass_over(prefix)) as groups:
+            async for group in groups:
+                for entry in filter(wanted, group):
+                    done += 1
+                    gone += await work(entry)
+                if gone >= limit or done >= reads:
+                    break
+        return gone
+
     async def _old_blobs(self, name: QueueName, before: int) -> list[BlobName]:
-        """Payloads whose upload began before this, and gave no sign of life since; old signs of life, too."""
-        blobs = [names.parse_blob(entry.name) for entry in await self._list(names.blobs_prefix(*name))]
-        told: dict[str, int] = {}
-        for blob in blobs:
-            if blob is not None:
-                told[blob.payload] = max(told.get(blob.payload, 0), blob.written)
-        return [blob for blob in blobs if blob is not None and told[blob.payload] < before]
+        """Payloads whose upload began before this, and gave no sign of life since; old signs of life, too. So many, and
+        the others next time."""
+        old: list[BlobName] = []
+        async with aclosing(self._rounds.pass_over(names.blobs_prefix(*name), _payload)) as groups:
+            async for group in groups:
+                blobs = [blob for entry in group if (blob := names.parse_blob(entry.name)) is not None]
+                if blobs and max(blob.written for blob in blobs) < before:
+                    old += blobs
+                    if len(old) >= CHUNK:
+                        break
+        return old
+
+    async def _quiet_markers(self, name: QueueName) -> list[Entry]:
+        """Id markers that were not written for long: so many, and the others next time."""
+        now = self._engine.now()
+        quiet: list[Entry] = []
+        async with aclosing(self._rounds.pass_over(names.markers_prefix(*name, "i"))) as groups:
+            async for [entry] in groups:
+                if now - entry.modified > QUIET:
+                    quiet.append(entry)
+                    if len(quiet) >= CHUNK:
+                        break
+        return quiet
+
+    async def _orphans(
+        self,
+        name: QueueName,
+        old: list[BlobName],
+        present: dict[str, list[str]],
+        orphans: list[_Orphan],
+        limit: int,
+    ) -> None:
+        """Add those of the payloads that no message has, up to the limit."""
+        for blob in old:
+            if not await self._owned(name, blob.path, present):
+                orphans.append(_Orphan(name, blob.path, blob.id))
+                if len(orphans) >= limit:
+                    if blob is not old[-1]:
+                        self._rounds.go_on(names.blobs_prefix(*name), blob.path)
+                    return
 
     async def _clocks(self) -> None:
         """What those left who died while they opened the store."""
         now = self._engine.now()
-        left = [entry.name for entry in await self._list(names.CLOCKS) if now - entry.modified > QUIET]
+        left = [entry.name async for entry in self._entries(names.CLOCKS) if now - entry.modified > QUIET]
         for start in range(0, len(left), _BATCH):
             await self._engine.exchange.delete_many(left[start : start + _BATCH])
 
-    async def _present(self, name: QueueName) -> dict[str, list[str]]:
-        """Message id in hex → the names of its objects."""
+    async def _present(self, name: QueueName, wanted: set[str]) -> dict[str, list[str]]:
+        """Message id in hex → the names of its objects; of those that are wanted."""
         present: dict[str, list[str]] = {}
         # A message may go from one box to the other meanwhile: in this order it is met in one of them.
         for box in (Box.DEAD, Box.LIVE, Box.DEAD):
-            async for page in self._engine.exchange.pages(names.box_prefix(*name, box)):
-                for entry in page:
-                    if records.form(entry.size).kind != Kind.GONE:
+            async with self._engine.listing(names.box_prefix(*name, box)) as pages:
+                async for page in pages:
+                    for entry in page:
                         parts = names.last_part(entry.name).split("-")
-                        if len(parts) > 1:
+                        if len(parts) > 1 and parts[1] in wanted and records.form(entry.size).kind != Kind.GONE:
                             present.setdefault(parts[1], []).append(entry.name)
         return present
 
@@ -160,89 +240,102 @@ class Upkeep:
             return True
         return placed is not None and placed.record.blob == names.last_part(path)
 
-    async def _coming(self, queues: list[QueueName]) -> set[str] | None:
-        """The payloads of messages that unfinished intents will bring; None if there is one that cannot be read."""
+    async def _coming(self, queues: list[QueueName], wanted: set[str]) -> set[str] | None:
+        """Which of these payloads are those of messages that unfinished intents will bring; None if there is an intent
+        that cannot be read."""
         coming: set[str] = set()
         for name in queues:
             for box in Box:
-                for entry in await self._list(names.box_prefix(*name, box)):
-                    if records.form(entry.size).kind != Kind.MOVING:
-                        continue
-                    try:
-                        message = names.parse(entry.name)
-                    except StoreCorrupt:
-                        continue
-                    try:
-                        found = await self._engine.fetch(message)
-                        if found is None or not isinstance(found.held, Intent):
-                            continue
-                        for target in found.held.targets:
-                            record = records.decode_held(target.data, target.path)
-                            if isinstance(record, Record) and record.blob:
-                                coming.add(names.blobs_prefix(record.namespace, record.queue) + record.blob)
-                    except _UNREADABLE as error:
-                        self._listing.report(entry.name, error)
-                        return None
+                async with self._engine.listing(names.box_prefix(*name, box)) as pages:
+                    async for page in pages:
+                        for entry in page:
+                            if records.form(entry.size).kind == Kind.MOVING:
+                                brought = await self._brought(entry)
+                                if brought is None:
+                                    return None
+                                coming |= brought & wanted
         return coming
 
+    async def _brought(self, entry: Entry) -> set[str] | None:
+        """The payloads of what an intent will bring; None if it cannot be read."""
+        try:
+            message = names.parse(entry.name)
+        except StoreCorrupt:
+            return set()
+        brought: set[str] = set()
+        try:
+            found = await self._engine.fetch(message)
+            if found is not None and isinstance(found.held, Intent):
+                for target in found.held.targets:
+                    record = records.decode_held(target.data, target.path)
+                    if isinstance(record, Record) and record.blob:
+                        brought.add(names.blobs_prefix(record.namespace, record.queue) + record.blob)
+        except _UNREADABLE as error:
+            self._listing.report(entry.name, error)
+            return None
+        return brought
+
     async def _unique_keys(self, name: QueueName, now: int, limit: int) -> int:
-        gone = reads = 0
-        for entry in await self._list(names.markers_prefix(*name, "u")):
-            if gone >= limit or reads >= limit:
-                break
+        def may_have_ended(entry: Entry) -> bool:
             known = self._until.get(entry.name)
-            if known is not None and same(known[0], entry.tag):
-                if known[1] > now:
-                    continue
-            else:
-                reads += 1
+            return known is None or not same(known[0], entry.tag) or known[1] <= now
+
+        async def end(entry: Entry) -> bool:
             content = await self._engine.exchange.read(entry.name)
             if content is None:
-                continue
+                return False
             try:
                 marker = records.decode(Marker, content.data, entry.name)
             except _UNREADABLE as error:
                 self._listing.report(entry.name, error)
-                continue
+                return False
             if marker.until <= now:
-                if await self._markers.remove(entry.name, content):
-                    self._until.pop(entry.name, None)
-                    gone += marker.until > 0
-            else:
-                self._until[entry.name] = (content.tag, marker.until)
-                if len(self._until) > REMEMBERED:
-                    self._until.popitem(last=False)
-        return gone
+                if not await self._markers.remove(entry.name, content):
+                    return False
+                self._until.pop(entry.name, None)
+                return marker.until > 0
+            self._until[entry.name] = (content.tag, marker.until)
+            if len(self._until) > REMEMBERED:
+                self._until.popitem(last=False)
+            return False
 
-    async def _id_markers(
-        self, name: QueueName, markers: list[Entry], present: dict[str, list[str]], limit: int
-    ) -> None:
-        now = self._engine.now()
-        quiet = [
-            entry for entry in markers if now - entry.modified > QUIET and names.last_part(entry.name) not in present
-        ]
-        for entry in quiet[:limit]:
+        prefix = names.markers_prefix(*name, "u")
+        return await self._each(prefix, may_have_ended, end, reads=limit * PER_LIMIT, limit=limit)
+
+    async def _id_markers(self, name: QueueName, quiet: list[Entry], present: dict[str, list[str]], limit: int) -> None:
+        alone = [entry for entry in quiet if names.last_part(entry.name) not in present]
+        if len(alone) > limit:
+            self._rounds.go_on(names.markers_prefix(*name, "i"), alone[limit - 1].name)
+        for entry in alone[:limit]:
             content = await self._engine.exchange.read(entry.name)
             if content is None or not same(content.tag, entry.tag):
                 continue
             try:
                 marker = records.decode(Marker, content.data, entry.name)
-                if await self._markers.find(*name, marker) is None:
+                if await self._markers.find(*name, marker) is not None:
+                    continue
+                # Whoever is about to write the message may only have stood still.
+                if marker.standing != Standing.PENDING or await self._markers.fence(*name, marker):
                     await self._markers.remove(entry.name, content)
             except _UNREADABLE as error:
                 self._listing.report(entry.name, error)
 
     async def _pointers(self, name: QueueName, limit: int) -> None:
         now = self._engine.now()
-        for entry in (await self._list(names.markers_prefix(*name, "g")))[: limit * 10]:
-            if now - entry.modified > QUIET:
-                content = await self._engine.exchange.read(entry.name)
-                if content is None or not same(content.tag, entry.tag):
-                    continue
-                try:
-                    await self._groups.remove(*name, entry.name, content)
-                except _UNREADABLE as error:
-                    self._listing.report(entry.name, error)
+
+        async def end(entry: Entry) -> bool:
+            content = await self._engine.exchange.read(entry.name)
+            if content is None or not same(content.tag, entry.tag):
+                return False
+            try:
+                return await self._groups.remove(*name, entry.name, content)
+            except _UNREADABLE as error:
+                self._listing.report(entry.name, error)
+                return False
+
+        prefix = names.markers_prefix(*name, "g")
+        most = limit * PER_LIMIT
+        await self._each(prefix, lambda entry: now - entry.modified > QUIET, end, reads=most, limit=most)
 
     # Verifying
 
@@ -254,53 +347,67 @@ class Upkeep:
         return problems
 
     async def _verify_queue(self, name: QueueName, problems: list[Problem]) -> None:
-        engine = self._engine
         where = f"queue {name.namespace}/{name.queue}"
-        blobs = {entry.name: entry.size for entry in await self._list(names.blobs_prefix(*name))}
-        seen: dict[str, str] = {}
+        seen: set[bytes] = set()
         for box in Box:
-            there: list[tuple[Entry, Name]] = []
-            for entry in await self._list(names.box_prefix(*name, box)):
-                try:
-                    there.append((entry, names.parse(entry.name)))
-                except StoreCorrupt as error:
-                    problems.append(Problem(f"object {entry.name}", str(error)))
-            for start in range(0, len(there), _SLICE):
-                part = there[start : start + _SLICE]
-                results = await engine.fetch_all([message for _, message in part])
-                for (entry, message), found in zip(part, results, strict=True):
-                    kind = records.form(entry.size).kind
-                    if isinstance(found, StoreError):
-                        problems.append(Problem(f"object {entry.name}", str(found)))
-                        continue
-                    if found is None or found.known is None:
-                        if kind == Kind.MOVING and engine.now() - entry.modified > OLD:
-                            problems.append(
-                                Problem(f"message {message.id}", "it is on its way, and nobody finishes that")
-                            )
-                        continue
-                    record = found.known.record
-                    label = f"message {record.id}"
-                    if record.box != box:
-                        problems.append(Problem(label, "it lies in the wrong box"))
-                    if record.via and not await engine.is_gone(record.via):
-                        continue
-                    if record.id in seen:
-                        problems.append(Problem(label, f"it is there twice: {seen[record.id]} and {entry.name}"))
-                    seen[record.id] = entry.name
-                    if record.external:
-                        path = names.blobs_prefix(*name) + record.blob
-                        if path not in blobs and await engine.exchange.read(entry.name) is not None:
-                            problems.append(Problem(label, "its payload is missing"))
-        for kind_, expected in (("u", Marker), ("i", Marker), ("g", Pointer)):
-            paths = [entry.name for entry in await self._list(names.markers_prefix(*name, kind_))]
-            for start in range(0, len(paths), _SLICE):
-                some = paths[start : start + _SLICE]
-                for path, content in zip(some, await engine.each(engine.exchange.read, some), strict=True):
+            async for part in self._slices(names.box_prefix(*name, box)):
+                await self._verify_messages(name, box, part, seen, problems)
+        for kind, expected in (("u", Marker), ("i", Marker), ("g", Pointer)):
+            async for part in self._slices(names.markers_prefix(*name, kind)):
+                paths = [entry.name for entry in part]
+                for path, content in zip(
+                    paths, await self._engine.each(self._engine.exchange.read, paths), strict=True
+                ):
                     if isinstance(content, StoreError):
                         raise content
                     if content is not None:
                         self._verify_marker(where, path, content, expected, problems)
+
+    async def _slices(self, prefix: str) -> AsyncGenerator[list[Entry], None]:
+        """What is listed, in pieces that are read together."""
+        part: list[Entry] = []
+        async for entry in self._entries(prefix):
+            part.append(entry)
+            if len(part) == _SLICE:
+                yield part
+                part = []
+        if part:
+            yield part
+
+    async def _verify_messages(
+        self, name: QueueName, box: Box, part: list[Entry], seen: set[bytes], problems: list[Problem]
+    ) -> None:
+        engine = self._engine
+        there: list[tuple[Entry, Name]] = []
+        for entry in part:
+            try:
+                there.append((entry, names.parse(entry.name)))
+            except StoreCorrupt as error:
+                problems.append(Problem(f"object {entry.name}", str(error)))
+        results = await engine.fetch_all([message for _, message in there])
+        for (entry, message), found in zip(there, results, strict=True):
+            kind = records.form(entry.size).kind
+            if isinstance(found, StoreError):
+                problems.append(Problem(f"object {entry.name}", str(found)))
+                continue
+            if found is None or found.known is None:
+                if kind == Kind.MOVING and engine.now() - entry.modified > OLD:
+                    problems.append(Problem(f"message {message.id}", "it is on its way, and nobody finishes that"))
+                continue
+            record = found.known.record
+            label = f"message {record.id}"
+            if record.box != box:
+                problems.append(Problem(label, "it lies in the wrong box"))
+            if record.via and not await engine.is_gone(record.via):
+                continue
+            id = bytes.fromhex(names.hex_id(record.id))
+            if id in seen:
+                problems.append(Problem(label, f"it is there twice: here, as {entry.name}, and before"))
+            seen.add(id)
+            if record.external:
+                path = names.blobs_prefix(*name) + record.blob
+                if not await self._is_there(path) and await engine.exchange.read(entry.name) is not None:
+                    problems.append(Problem(label, "its payload is missing"))
 
     def _verify_marker(
         self, where: str, path: str, content: Content, expected: type[Marker | Pointer], problems: list[Problem]
@@ -313,3 +420,15 @@ class Upkeep:
         stale = isinstance(held, Marker) and held.standing == Standing.PENDING
         if stale and self._engine.now() - content.modified > QUIET * 24:
             problems.append(Problem(where, f"marker {path} has been pending for a day"))
+
+    async def _is_there(self, path: str) -> bool:
+        async with aclosing(self._entries(path)) as entries:
+            async for entry in entries:
+                return entry.name == path
+        return False
+
+
+def _payload(name: str) -> str:
+    """What a payload has in common with the signs of life of its upload."""
+    blob = names.parse_blob(name)
+    return name if blob is None else blob.payload

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import cast
 
 import msgspec
 
@@ -34,9 +33,10 @@ from millpond.stores.base import (
 )
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
-from millpond.stores.objects.bucket import OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Content, OutcomeUnknown, Tag
 from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine, log
+from millpond.stores.objects.exchange import undecided
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.index import Known, same
@@ -148,12 +148,16 @@ class Writer:
             target = self._new_name(known, op)
             if target is None:
                 free = not record.leased or record.due <= engine.now()
-                written = await engine.swap_record(known, new, claimed=op.leased and (known.claimed or free))
+                claims = op.leased and free
+                # A claim that others have written over is over, whether it took place or not.
+                written = await engine.swap_record(
+                    known, new, claimed=op.leased and (known.claimed or free), void=claims
+                )
                 if isinstance(written, Known):
-                    if op.leased and free:
+                    if claims:
                         engine.won_claim(name)
                     return Updated(records.mark(new, name), payload)
-                if op.leased and free:
+                if claims:
                     engine.lost_claim(name)
                 continue
             new = msgspec.structs.replace(new, via=name.path)
@@ -445,7 +449,7 @@ class Writer:
         if not isinstance(written, Known):
             held = records.decode_held(written.data, name.path)
             if held.birth != record.birth:
-                return await self._overtaken(record, claims, wanted, held)
+                return await self._overtaken(name, record, claims, wanted, held)
             # It is this insert's, and somebody was fast.
         for claim, (_, _, unique) in zip(claims, wanted, strict=True):
             try:
@@ -458,6 +462,10 @@ class Writer:
                 )
                 continue
             if other is not None and await self._moves.withdraw(name, record.birth):
+                other = await self._markers.other(name, claim)
+                if other is None:
+                    # Perhaps nothing will come of the other one.
+                    raise self._given_up(record)
                 return Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, other)
             present = self._engine.index.get(name.path)
             if unique is not None and other is None and present is not None and present.record.birth == record.birth:
@@ -466,19 +474,28 @@ class Writer:
         return Inserted(records.item(record, name), records.mark(record, name))
 
     async def _overtaken(
-        self, record: Record, claims: list[Claim], wanted: list[tuple[str, Marker, Unique | None]], held: Held
+        self,
+        name: Name,
+        record: Record,
+        claims: list[Claim],
+        wanted: list[tuple[str, Marker, Unique | None]],
+        held: Held,
     ) -> Conflict:
         """The name of an insert is taken: by another's message, or by who took its marker over and fenced it off."""
         if isinstance(held, Tombstone):
             for claim, (_, _, unique) in zip(claims, wanted, strict=True):
-                other = await self._markers.other(claim)
+                other = await self._markers.other(name, claim)
                 if other is not None:
                     await self.release(claims)
                     return Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, other)
         await self.release(claims)
         if claims and isinstance(held, Tombstone):
-            raise StoreError(f"the insert of message {record.id} took so long that others gave it up; try again")
+            raise self._given_up(record)
         return Conflict(Cause.EXISTS, record.id)
+
+    @staticmethod
+    def _given_up(record: Record) -> StoreError:
+        return StoreError(f"the insert of message {record.id} took so long that others gave it up; try again")
 
     async def in_the_way(self, op: Insert) -> Conflict | None:
         """What refuses an insert, whatever its payload."""
@@ -517,22 +534,24 @@ class Writer:
         brings: list[NewRecord] = []
         goals: list[Goal] = []
         all_claims: list[Claim] = []
-        causes: dict[int, Cause] = {}
-        mine: dict[str, str] = {}
+        mine: dict[str, int] = {}
+        """Marker → number of the insert that has it."""
+        demands: dict[str, tuple[NewRecord, Marker, Unique | None]] = {}
         for index, op in enumerate(inserts):
             new, wanted = self.draft(op, known.name.path)
             conflict: Conflict | None = None
             for path, _, unique in wanted:
                 if path in mine and conflict is None:
-                    conflict = Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, mine[path])
+                    twin = inserts[mine[path]].item.id
+                    conflict = Conflict(Cause.EXISTS if unique is None else Cause.UNIQUE, twin)
             claims = conflict or await self._acquire_or_release(op, new, wanted, all_claims)
             if isinstance(claims, Conflict):
                 await self.release(all_claims)
                 return refused(index + 1, claims)
-            for claim, (_, _, unique) in zip(claims, wanted, strict=True):
-                mine[claim.path] = new.record.id
+            for claim, (path, marker, unique) in zip(claims, wanted, strict=True):
+                mine[path] = index
+                demands[path] = new, marker, unique
                 goals.append(self._markers.goal(claim, index))
-                causes[index] = Cause.EXISTS if unique is None else Cause.UNIQUE
             all_claims += claims
             brings.append(new)
         for _ in range(TRIES):
@@ -550,17 +569,38 @@ class Writer:
                 await self.release(all_claims)
                 return refused(0, again)
             known = again
+            lost = await self._renew(all_claims, demands)
+            if lost is not None:
+                path, conflict = lost
+                await self.release(all_claims)
+                return refused(mine[path] + 1, conflict)
         else:
             await self.release(all_claims)
             raise self._restless(removal.item)
         outcomes: list[Outcome] = [Removed()]
-        for index, (name, record) in enumerate(brings):
-            if index in moved.withdrawn:
-                outcomes.append(Conflict(causes[index], moved.withdrawn[index]))
-            else:
-                self._blobs.used(record.namespace, record.queue, record.blob)
-                outcomes.append(Inserted(records.item(record, name), records.mark(record, name)))
+        for name, record in brings:
+            self._blobs.used(record.namespace, record.queue, record.blob)
+            outcomes.append(Inserted(records.item(record, name), records.mark(record, name)))
         return outcomes
+
+    async def _renew(
+        self, claims: list[Claim], demands: dict[str, tuple[NewRecord, Marker, Unique | None]]
+    ) -> tuple[str, Conflict] | None:
+        """See to it that the markers are still those of a hand-off whose message has changed: perhaps that was done by
+        who takes one of them over. The marker that it cannot have any more, and why."""
+        try:
+            for index, claim in enumerate(claims):
+                new, marker, unique = demands[claim.path]
+                renewed: Claim | Conflict | None = await self._markers.renew(claim)
+                if renewed is None:
+                    renewed = await self._markers.acquire(new.name, claim.path, marker, unique)
+                if isinstance(renewed, Conflict):
+                    return claim.path, renewed
+                claims[index] = renewed
+        except StoreError:
+            await self.release(claims)
+            raise
+        return None
 
     async def _acquire_or_release(
         self,
@@ -597,15 +637,24 @@ class Writer:
                 return Conflict(Cause.STATE)
             version = int(op.expect) + 1
         data = records.encode(Text(records.FORMAT, self._engine.write_id(), version, op.data))
+
+        def lost(content: Content) -> bool:
+            # Of one number there is one document; those above may have been written over this one.
+            return records.decode(Text, content.data, path).version <= version
+
+        result: Tag | Content | None
         if op.expect is None:
-            result = await exchange.create(path, data, insist=True)
+            created = await exchange.create_until(path, data, insist=True, check=None)
+            result = created.result
+            if isinstance(result, Content) and created.unsure and not lost(result):
+                raise undecided(path)
         else:
             if self._documents.get(path, (0, None))[0] != version - 1:
                 await self.document(op.namespace, op.queue)
             known = self._documents.get(path)
             if known is None or known[0] != version - 1:
                 return Conflict(Cause.STATE)
-            result = cast("Tag", await exchange.swap(path, data, known[1]))
+            result = await exchange.swap(path, data, known[1], lost=lost)
         if not isinstance(result, Tag):
             self._documents.pop(path, None)
             return Conflict(Cause.STATE)

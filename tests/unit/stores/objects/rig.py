@@ -53,6 +53,8 @@ class Network:
         self.plan = plan or {}
         self.calls: list[tuple[str, str]] = []
         self.crashed = False
+        self.once: list[str] = []
+        """Objects whose delete must not be sent twice."""
         self.chance: random.Random | None = None
         """Wait for some turns of the event loop around each request."""
         self.loses = self.kills = 0.0
@@ -112,8 +114,9 @@ class Network:
     async def read(self, name: str) -> Content | None:
         return await self._do("read", name, lambda: self.inner.read(name))
 
-    async def delete(self, name: str) -> None:
-        await self._do("delete", name, lambda: self.inner.delete(name))
+    async def delete(self, name: str, *, once: bool = False) -> None:
+        self.once += [name] if once else []
+        await self._do("delete", name, lambda: self.inner.delete(name, **({"once": True} if once else {})))
 
     async def delete_many(self, names: list[str]) -> None:
         await self._do("delete_many", names[0], lambda: self.inner.delete_many(names))

@@ -22,6 +22,7 @@ from tests.unit.stores.objects.rig import (
 
 from millpond.errors import StoreError
 from millpond.stores.base import Box, Cause, Conflict, Inserted, Mark, Remove, Removed, Unique, Updated
+from millpond.stores.objects import names
 from millpond.stores.objects.bucket import OutcomeUnknown, Tag
 from millpond.stores.objects.store import ObjectStore
 
@@ -248,6 +249,38 @@ async def test_two_sweeps_do_not_delete_a_marker_and_the_next_one() -> None:
     taken = await work
     again = await apply(other, fresh(3, unique=Unique("key", NOW, UNTIL)))
     assert again == Conflict(Cause.UNIQUE, taken.item.id)
+
+
+async def test_the_deletes_of_what_is_used_again_are_sent_once() -> None:
+    rig = Rig()
+    store, network = await scripted(rig)
+    await insert(store, fresh(1, unique=Unique("key", NOW - 10, NOW)))
+    chosen = await insert(store, fresh(2, chosen=True, group="g"))
+    for record in (await store.ready("default", "q", NOW, limit=9)).records:
+        held = await apply(store, lease(record, UNTIL))
+        assert isinstance(held, Updated)
+        assert isinstance(await apply(store, Remove(record.item, held.mark)), Removed)
+    assert network.once == []
+    rig.clock.advance(3700)
+    await store.sweep(NOW, older_than=10**9, limit=100)
+    gone = [names.unique_marker("default", "q", "key"), names.id_marker("default", "q", chosen.item.id)]
+    assert sorted(network.once) == sorted([*gone, names.pointer("default", "q", names.group_hash("g"))])
+
+
+@pytest.mark.parametrize("fault", ["dropped", LATE, LOST])
+async def test_a_sweep_leaves_a_delete_whose_reply_is_lost_to_the_next_one(fault: str) -> None:
+    """It goes on with the others, and sends it no second time."""
+    rig = Rig()
+    store, network = await scripted(rig)
+    for number in range(3):
+        await insert(store, fresh(number, unique=Unique(f"key {number}", NOW - 10, NOW)))
+    network.rule = script(("delete", "/u/", fault))
+    assert await store.sweep(NOW, older_than=10**9, limit=100) == 2
+    assert len(set(network.once)) == len(network.once) == 3
+    rig.clock.advance(31)
+    assert await store.sweep(NOW, older_than=10**9, limit=100) == (0 if fault == LOST else 1)
+    await network.arrive()
+    assert [name for name in rig.root.objects if "/u/" in name] == []
 
 
 async def test_a_pointer_is_not_deleted_long_after_it_was_said_to_go() -> None:

@@ -51,6 +51,7 @@ GATEWAY = answer(503, "Service Unavailable", b"<html>from something on the way</
 BAD_GATEWAY = answer(502, "Bad Gateway")
 ABORTED = answer(409, "Conflict", s3_error("OperationAborted"))
 BUSY = answer(503, "Service Unavailable", s3_error("ServerBusy"))
+UNAVAILABLE = answer(503, "Service Unavailable", s3_error("ServiceUnavailable"))
 TIMED_OUT = answer(500, "Internal Server Error", s3_error("OperationTimedOut"))
 CUT = Fault(forward=True, cut=3)
 
@@ -180,6 +181,31 @@ async def test_a_write_whose_outcome_is_unclear_is_not_sent_again(fault: str, se
                 await delete
             assert (await direct.read("b") is None) == (fault == "lost")
         assert len(proxy.requests) == bucket.sent.total() == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "sent"), [("slow down", 2), ("429", 2), ("busy", 1), ("unavailable", 1), ("lost", 1), ("503", 1)]
+)
+async def test_the_delete_of_a_name_that_is_used_again_has_no_second_copy(
+    fault: str, sent: int, seaweed: Server, opened: Open
+) -> None:
+    """That a server is busy is also said by one that had begun with it."""
+    async with FaultProxy(seaweed.port) as proxy:
+        bucket = opened(proxy.port)
+        proxy.plan((NOT_DONE | UNCLEAR | {"unavailable": UNAVAILABLE})[fault])
+        if sent == 1:
+            with pytest.raises(OutcomeUnknown, match="deleting a in"):
+                await bucket.delete("a", once=True)
+        else:
+            await bucket.delete("a", once=True)
+        assert len(proxy.requests) == bucket.sent["delete"] == sent
+
+
+async def test_the_delete_of_a_name_that_is_used_again_is_repeated_where_it_did_not_leave(opened: Open) -> None:
+    bucket = opened(refused_port())
+    with pytest.raises(StoreError, match="no connection"):
+        await bucket.delete("a", once=True)
+    assert bucket.sent["delete"] > 1
 
 
 @pytest.mark.parametrize("fault", UNCLEAR)
