@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.model.hasty import HastyClock
 from tests.model.model import LeaseIsLost, Model, Msg, NotAllowed, require
 
 from millpond.crypto.keyring import Keyring
@@ -29,18 +28,6 @@ from millpond.service.config import Config
 from millpond.stores.base import Box, Store
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.memory import MemoryStore
-from millpond.stores.objects.faulty_bucket import (
-    Fault,
-    FaultyBucket,
-    Plan,
-    Request,
-    fits,
-    lost_done,
-    lost_later,
-    lost_undone,
-    repeated,
-    skewed,
-)
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.store import ObjectStore
 from millpond.stores.sqlite import SqliteStore
@@ -764,54 +751,6 @@ class DeletingObjectsMachine(ObjectsMachine):
 
     fenced = False
     shares_leases = False
-
-
-class FaultyObjectsMachine(ObjectsMachine):
-    """A bucket that loses replies, repeats requests and is late, as far as nobody need be told.
-
-    Every tenth request goes wrong. What a store has to pass on (that it does not know whether a message was put in) or
-    what shows (a stale listing, a payload that cannot be read) is not in this: the crash points have it."""
-
-    RATE = 10
-
-    # Who loses a reply and the race for the object cannot be told whether his write went through before the other one.
-    two_receive_at_once = answer_while_another_receives = None  # type: ignore[assignment]
-
-    def plan(self) -> Plan:
-        chance = random.Random(11)
-
-        def plan(request: Request) -> Fault | None:
-            if chance.randrange(self.RATE) or request.method in ("upload", "download"):
-                return None
-            faults = [
-                lost_done(),
-                lost_later(chance.randrange(4)),
-                repeated(),
-                skewed(chance.choice([-60_000, 60_000])),
-            ]
-            if request.method != "create":
-                # A create that may still be on its way must not be sent again.
-                faults.append(lost_undone())
-            fitting = [fault for fault in faults if fits(fault, request.method)]
-            return chance.choice(fitting) if fitting else None
-
-        return plan
-
-    def stores(self) -> Callable[[], Store]:
-        bucket = MemoryBucket(clock=self.clock, page_size=5)
-        faulty = FaultyBucket(bucket, self.plan())
-        chance = random.Random(7)
-        return lambda: ObjectStore(
-            faulty.share(bucket.share()),
-            clock=HastyClock(self.clock),
-            inline_limit=INLINE,
-            measure_skew=False,
-            fenced_removals=self.fenced,
-            # Leases here last ten seconds; and what is ready must come in order.
-            margin=2000,
-            spread=False,
-            random_bytes=chance.randbytes,
-        )
 
 
 class SqliteMachine(Machine):

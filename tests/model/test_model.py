@@ -18,7 +18,6 @@ from tests.model.machine import (
     EncryptedMemoryMachine,
     EncryptedObjectsMachine,
     EncryptedSqliteMachine,
-    FaultyObjectsMachine,
     Machine,
     ObjectsMachine,
     SqliteMachine,
@@ -50,7 +49,6 @@ def _settings(examples: int) -> settings:
         (ObjectsMachine, 40),
         (DeletingObjectsMachine, 40),
         (EncryptedObjectsMachine, 10),
-        (FaultyObjectsMachine, 8),
     ],
     ids=[
         "memory",
@@ -61,7 +59,6 @@ def _settings(examples: int) -> settings:
         "objects-fenced",
         "objects",
         "objects-encrypted",
-        "objects-faulty",
     ],
 )
 def test_queue_does_what_its_model_does(machine: type[Machine], examples: int) -> None:
