@@ -793,7 +793,6 @@ __all__ = [
     "EncryptedMemoryMachine",
     "EncryptedObjectsMachine",
     "EncryptedSqliteMachine",
-    "FaultyObjectsMachine",
     "Machine",
     "Msg",
     "ObjectsMachine",
