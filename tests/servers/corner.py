@@ -123,8 +123,8 @@ class _Stamped:
         content = await self._ask(self._inner.read(self._prefix + name))
         return None if content is None else content._replace(modified=self._corner.time_of(name, content.tag))
 
-    async def delete(self, name: str) -> None:
-        await self._ask(self._inner.delete(self._prefix + name))
+    async def delete(self, name: str, *, once: bool = False) -> None:
+        await self._ask(self._inner.delete(self._prefix + name, once=once))
 
     async def delete_many(self, names: list[str]) -> None:
         await self._ask(self._inner.delete_many([self._prefix + name for name in names]))
