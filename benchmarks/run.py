@@ -32,7 +32,7 @@ PAYLOAD = os.urandom(1024)
 def worker(*arguments: object) -> subprocess.Popen[str]:
     """A process of `worker.py`."""
     command = [sys.executable, str(HERE / "worker.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -47,7 +47,15 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 def lifecycles(folder: Path, mode: str, messages: int, callers: int, processes: int) -> dict[str, Any]:
     """Lifecycles a second of ``processes`` processes together, on a file of their own."""
     url = f"sqlite:///{folder / f'{mode}-{processes}-{time.time_ns()}.db'}"
-    results = [answer(each) for each in [worker("lifecycles", url, mode, messages, callers) for _ in range(processes)]]
+    workers = [worker("lifecycles", url, mode, messages, callers) for _ in range(processes)]
+    for each in workers:
+        assert each.stdout is not None
+        each.stdout.readline()
+    for each in workers:
+        assert each.stdin is not None
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    results = [answer(each) for each in workers]
     seconds = max(one["ended_at"] for one in results) - min(one["started_at"] for one in results)
     return {
         "per_second": sum(one["lifecycles"] for one in results) / seconds,

@@ -1,6 +1,6 @@
 """One process of a benchmark: reads a task from its arguments, prints one JSON object.
 
-python benchmarks/worker.py lifecycles URL MODE MESSAGES CALLERS
+python benchmarks/worker.py lifecycles URL MODE MESSAGES CALLERS    (prints "ready" first, begins at a line on stdin)
 python benchmarks/worker.py receive URL QUEUE COUNT          (prints "ready" first)
 python benchmarks/worker.py fill URL MESSAGES
 python benchmarks/worker.py claims URL COUNT
@@ -64,6 +64,9 @@ async def lifecycles(url: str, mode: str, count: int, callers: int) -> dict[str,
         each = count // callers
         run = single if mode == "single" else batches
         await run(queue, BATCH, [])  # Warm: statements prepared, policy read.
+        # Processes that are to be measured together start together, not when the interpreter happens to be up.
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
         cpu, begun = time.process_time(), time.perf_counter()
         started_at = time.time()
         await asyncio.gather(*(run(queue, each, waits) for _ in range(callers)))

@@ -152,6 +152,63 @@ def test_with_others_waiting_the_loop_commits_while_that_is_quick(
     run(path, scenario)
 
 
+def test_a_busy_loop_that_is_next_in_line_holds_up_nobody(path: Path) -> None:
+    async def scenario(pond: millpond.Pond) -> None:
+        own = pond.store._writer  # type: ignore[attr-defined]
+        own._commit_seconds = 0.0
+        rival = Turnstile(f"{path}-millpond", 0o600)
+        assert rival.try_acquire()
+        enqueue = asyncio.create_task(pond.queue("q").enqueue(b"x"))
+        while not own._waiting:
+            await asyncio.sleep(0)
+        again = threading.Event()
+
+        def work() -> None:
+            rival.release()
+            rival.acquire()
+            rival.release()
+            again.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        came = again.wait(10)  # the loop does nothing else meanwhile
+        await enqueue
+        thread.join()
+        rival.close()
+        assert came
+        assert pond.store.statistics()["batches_in_thread"] == 1
+
+    run(path, scenario)
+
+
+def test_whoever_is_next_in_line_looks_for_a_moment_and_then_waits_in_the_thread(path: Path) -> None:
+    async def scenario(pond: millpond.Pond) -> None:
+        own = pond.store._writer  # type: ignore[attr-defined]
+        own._commit_seconds = 0.0
+        looks: list[bool] = []
+        look = own._lock.try_enter
+
+        def recorded() -> bool:
+            looks.append(look())
+            return looks[-1]
+
+        own._lock.try_enter = recorded
+        other = Turnstile(f"{path}-millpond", 0o600)
+        assert other.try_acquire()
+        enqueue = asyncio.create_task(pond.queue("q").enqueue(b"x"))
+        before = -1
+        while before != len(looks):  # until it looks no more
+            before = len(looks)
+            await asyncio.sleep(writer.LOOK)
+        other.release()
+        await enqueue
+        other.close()
+        assert len(looks) > 1
+        assert not any(looks)
+
+    run(path, scenario)
+
+
 def test_a_foreign_writer_makes_it_busy_and_nothing_is_lost(path: Path) -> None:
     async def scenario(pond: millpond.Pond) -> None:
         queue = pond.queue("q")

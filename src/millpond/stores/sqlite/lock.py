@@ -32,21 +32,47 @@ class Turnstile:
 
     def try_acquire(self) -> bool:
         """Take it if that needs no waiting and nobody waits already."""
+        if not self.try_line_up():
+            return False
+        if self.try_enter():
+            return True
+        self.step_back()
+        return False
+
+    def acquire(self) -> None:
+        """Wait in line for it, as long as it takes."""
+        self.line_up()
+        self.enter()
+
+    # The two halves, for whoever wants to do something between them.
+
+    def try_line_up(self) -> bool:
+        """Become the next in line if nobody is. To be followed by ``enter`` or ``step_back``."""
         try:
             fcntl.flock(self._turn, _TRY)
         except BlockingIOError:
             return False
+        return True
+
+    def line_up(self) -> None:
+        """Wait until this is the next in line. To be followed by ``enter`` or ``step_back``."""
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+
+    def step_back(self) -> None:
+        """Be the next in line no longer."""
+        fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    def try_enter(self) -> bool:
+        """As the next in line: take it if it is free, and let somebody else be next; otherwise nothing changes."""
         try:
             fcntl.flock(self._write, _TRY)
         except BlockingIOError:
             return False
-        finally:
-            fcntl.flock(self._turn, fcntl.LOCK_UN)
+        fcntl.flock(self._turn, fcntl.LOCK_UN)
         return True
 
-    def acquire(self) -> None:
-        """Wait in line for it, as long as it takes."""
-        fcntl.flock(self._turn, fcntl.LOCK_EX)
+    def enter(self) -> None:
+        """As the next in line: wait for it, as long as it takes, and let somebody else be next."""
         try:
             fcntl.flock(self._write, fcntl.LOCK_EX)
         finally:

@@ -10,8 +10,11 @@ and of the lock:
   begins only then is one that the loop waits for.
 - Where other processes wait for the lock, the loop commits by itself as long as that takes next to no time: the thread
   would want the GIL once more to give the lock back, and all processes would wait for that.
-- A lock that had to be waited for is offered to the loop; if the loop does not come for it within `GRACE` (somebody
-  blocks it), the thread runs the statements itself. So nobody else's write waits for a busy event loop for longer.
+- The next in line for the lock looks for it from the loop, as long as others keep it for a moment only: by the time
+  that a thread has told the loop of it, half a transaction could have been written.
+- A lock that is waited for longer is waited for in the thread and offered to the loop; if the loop does not come for it
+  within `GRACE` (somebody blocks it), the thread runs the statements itself. So nobody else's write waits for a busy
+  event loop for longer.
 
 The write connection belongs to one side at a time: to the loop, until it posts work to the thread and sets ``_away``;
 to the thread, until it calls back.
@@ -31,8 +34,9 @@ import apsw
 
 from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError, StoreFull
 from millpond.model.clock import Clock, TimerHandle
-from millpond.stores.base import Insert, Op, Outcome, PutDocument, PutState, QueueName, Removed, Reseal, Updated
+from millpond.stores.base import Op, Outcome, QueueName, Removed, Updated
 from millpond.stores.sqlite.apply import Applier, Take
+from millpond.stores.sqlite.calls import Batch, Call, Job, Offer, Place
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
 from millpond.stores.sqlite.room import Gauge
@@ -50,90 +54,14 @@ SPLIT_OPS = 64
 callers of the other half compute: both cores work. Below, a second fsync costs more than that gains."""
 MAX_BYTES = 16 * 1024 * 1024
 """Payload bytes after which a transaction takes no further call: about one WAL's worth."""
+LOOK = 0.002
+"""Seconds for which the next in line looks for the lock from the loop."""
+LOOK_EVERY = 0.00002
+"""Seconds between such looks; the kernel makes 70 µs of it."""
 GRACE = 0.005
 """Seconds that the loop has to come for the lock: the interpreter's own switch interval."""
 STRANGER = 0.005
 """Seconds between tries while somebody who does not know the turnstile (a shell, a backup) holds SQLite's own lock."""
-
-
-class Call:
-    """One ``write``, ``commit`` or ``take``, and what became of it."""
-
-    __slots__ = ("apply", "error", "future", "outcomes", "portable", "request", "since", "size")
-
-    def __init__(
-        self,
-        apply: Callable[[Any], Any],
-        request: Any,
-        future: asyncio.Future[Any],
-        size: int,
-        portable: bool,
-    ) -> None:
-        self.apply = apply
-        """What of the applier does ``request``."""
-        self.request = request
-        self.future = future
-        self.size = size
-        """Ops, at most."""
-        self.portable = portable
-        """It may be applied in the thread: it calls nothing that belongs to the event loop."""
-        self.outcomes: Any = None
-        self.error: BaseException | None = None
-        self.since = 0.0
-
-    @property
-    def grows(self) -> bool:
-        """It needs room on the disk."""
-        request = self.request
-        return request.__class__ is not Take and any(isinstance(op, _GROW) for op in request)
-
-
-class Job:
-    """Work that takes the lock for a transaction of its own, wholly in the writer thread."""
-
-    __slots__ = ("error", "future", "result", "since", "started", "work")
-
-    def __init__(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
-        self.work = work
-        self.future = future
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.since = 0.0
-        self.started = False
-
-
-class Batch:
-    """The calls of one transaction."""
-
-    __slots__ = ("calls", "changed", "doomed", "ops", "seconds", "tight", "wrote")
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.changed: set[QueueName | tuple[str, str]] = set()
-        self.doomed = False
-        self.tight = False
-        """The file system has little room left."""
-        self.wrote = False
-        self.ops = 0
-        self.seconds = 0.0
-
-
-class _Offer:
-    """A held lock, for whoever takes it first."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._taken = threading.Event()
-
-    def take(self) -> bool:
-        with self._mutex:
-            if self._taken.is_set():
-                return False
-            self._taken.set()
-            return True
-
-    def wait(self, seconds: float) -> bool:
-        return self._taken.wait(seconds)
 
 
 class Writer:
@@ -272,20 +200,23 @@ class Writer:
         if not self._pending:
             self._rest()
             return
-        if not self._lock.try_acquire():
-            self._wait()
-            return
-        try:
-            self._applier.execute("BEGIN IMMEDIATE")
-        except apsw.BusyError:
-            self._lock.release()
-            self._wait()
-            return
-        except apsw.Error as error:
-            self._lock.release()
-            self._fail_pending(translate(error, self._path))
-            return
-        self._run_batch(self._half())
+        if not self._lock.try_line_up():
+            self._wait(self._wait_in_thread)
+        elif not self._lock.try_enter():
+            place = Place()
+            self._wait(lambda: self._stand_in(place))
+            self._next_in_line(place, time.perf_counter())
+        else:
+            try:
+                self._applier.execute("BEGIN IMMEDIATE")
+            except apsw.BusyError:
+                began = time.perf_counter()
+                self._wait(lambda: self._begin_in_thread(began))
+            except apsw.Error as error:
+                self._lock.release()
+                self._fail_pending(translate(error, self._path))
+            else:
+                self._run_batch(self._half())
 
     def _half(self) -> int:
         """How many ops to take now, so that about as many are left for the transaction after this one."""
@@ -396,11 +327,57 @@ class Writer:
 
     # Waiting for the lock
 
-    def _wait(self) -> None:
+    def _wait(self, wait: Callable[[], None]) -> None:
         """Have the thread wait; calls that wait for too long hear StoreBusy."""
         self.numbers["lock_waits"] += 1
         self._start_waiting()
-        self._thread.post(self._wait_in_thread)
+        self._thread.post(wait)
+
+    def _next_in_line(self, place: Place, since: float) -> None:
+        """Look for the lock until it is free, which is sooner than the thread could tell of it: whoever has it needs a
+        moment only. Other callbacks run between looks. Who needs longer is waited for in the thread."""
+        with place.mutex:
+            if not place.loops:
+                return
+            wanted = bool(self._pending)
+            if not wanted:
+                self._lock.step_back()
+                place.leave(settled=True)
+            elif self._lock.try_enter():
+                place.leave(settled=True)
+            else:
+                now = time.perf_counter()
+                place.until = place.until or now + LOOK
+                if now > place.until or self._commit_seconds > QUICK:
+                    place.leave(settled=False)
+                else:
+                    self._loop.call_soon(self._look_again, place, since)
+                return
+        if not wanted:
+            self._gave_up(None)
+            return
+        waited = time.perf_counter() - since
+        try:
+            self._applier.execute("BEGIN IMMEDIATE")
+        except apsw.BusyError:
+            self._thread.post(lambda: self._begin_in_thread(since))
+            return
+        except apsw.Error as error:
+            self._lock.release()
+            self._gave_up(translate(error, self._path))
+            return
+        self._take_over(waited)
+
+    def _look_again(self, place: Place, since: float) -> None:
+        time.sleep(LOOK_EVERY)
+        self._next_in_line(place, since)
+
+    def _take_over(self, waited: float) -> None:
+        """The lock is the loop's, after a wait, and a transaction is begun."""
+        self._away = False
+        self._stop_waiting()
+        self.numbers["lock_wait_seconds"] += waited
+        self._run_batch(MAX_OPS, contended=True)  # others wait for the lock as well: make the most of it
 
     def _start_waiting(self) -> None:
         self._away = self._waiting = True
@@ -446,14 +423,10 @@ class Writer:
         if not self._pending and not self._jobs:
             self._rest()
 
-    def _offered(self, offer: _Offer, waited: float) -> None:
+    def _offered(self, offer: Offer, waited: float) -> None:
         """The thread has the lock, and a transaction is begun."""
-        if not offer.take():
-            return
-        self._away = False
-        self._stop_waiting()
-        self.numbers["lock_wait_seconds"] += waited
-        self._run_batch(MAX_OPS, contended=True)  # others wait for the lock as well: make the most of it
+        if offer.take():
+            self._take_over(waited)
 
     def _gave_up(self, error: StoreError | None) -> None:
         """The thread stopped waiting: nobody wants the lock any more, or SQLite failed."""
@@ -512,7 +485,19 @@ class Writer:
 
     def _wait_in_thread(self) -> None:
         began = time.perf_counter()
-        self._lock.acquire()
+        self._lock.line_up()
+        place = Place()
+        tell(self._loop, self._next_in_line, place, began)
+        self._stand_in(place)
+
+    def _stand_in(self, place: Place) -> None:
+        """Wait for the lock, unless the loop gets it first."""
+        began = time.perf_counter()
+        if not place.wait(LOOK + GRACE):
+            self._lock.enter()
+            self._begin_in_thread(began)
+
+    def _begin_in_thread(self, began: float) -> None:
         error: StoreError | None = None
         while True:
             if not self._pending:
@@ -526,7 +511,7 @@ class Writer:
                 error = translate(failure, self._path)
                 break
             waited = time.perf_counter() - began
-            offer = _Offer()
+            offer = Offer()
             tell(self._loop, self._offered, offer, waited)
             if not offer.wait(GRACE) and offer.take():
                 self._run_in_thread(waited)
@@ -647,8 +632,6 @@ class Writer:
         return batch
 
 
-_GROW = (Insert, PutState, PutDocument, Reseal)
-"""Ops that need room on the disk."""
 _CALLERS_FAULT = (apsw.TooBigError, apsw.ConstraintError, apsw.MismatchError, apsw.RangeError)
 """What SQLite says of one statement's values; anything else it says concerns the whole transaction."""
 
