@@ -165,6 +165,7 @@ class Pond:
             partial_watch=store.capabilities.reach is Reach.NETWORK,
             thrifty=store.capabilities.requests_cost_money,
         )
+        self.service.waiter = self.dispatcher
         self.service.on_ready = self.dispatcher.ready
         self.service.on_due = self.dispatcher.due
         self._opened = False
@@ -225,7 +226,7 @@ class Pond:
 
     def queue(self, name: str, *, namespace: str | None = None) -> Queue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
-        return Queue(self.service, self.dispatcher, name, namespace)
+        return Queue(self.service, name, namespace)
 
     async def notify(self, queue: str, *, namespace: str | None = None) -> None:
         """As `Queue.notify`, for a queue by its name. Raises InvalidQueue."""

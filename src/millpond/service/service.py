@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -22,6 +23,9 @@ from millpond.service.core import ATTEMPTS, QueueKey, log
 from millpond.service.ready import ReadyCacheStats, Record
 from millpond.service.states import States
 from millpond.stores.base import Box, Cause, Conflict, Counts, Op, QueueName, Remove, Removed, Updated
+
+if TYPE_CHECKING:
+    from millpond.service.operations import Waiter
 
 PAGE = 500
 """Records per page when a whole box is worked through: bounded memory, shared commits."""
@@ -42,6 +46,61 @@ class MessageListResult(NamedTuple):
 
 class QueueService(States):
     """The queue's operations under the names of lockd's queue package, in snake_case, and what consumers call."""
+
+    waiter: Waiter | None = None
+    """Waits for those who come to receive (the dispatcher); without one nobody waits."""
+
+    # Receiving
+
+    async def receive(
+        self,
+        namespace: str,
+        queue: str,
+        count: int,
+        *,
+        wait: float | timedelta = 0.0,
+        visibility: float | None = None,
+        owner: str | None = None,
+    ) -> list[Delivery]:
+        """As `claim`, but wait up to ``wait`` seconds for the first message. Names are known to be good. Raises
+        TooManyConsumers besides."""
+        patience = milliseconds(wait, "wait") / 1000
+        waiter = self.waiter
+        if waiter is None or not patience:
+            return await self.claim(namespace, queue, count, visibility=visibility, owner=owner)
+        deliveries = await self.claim(
+            namespace,
+            queue,
+            count,
+            visibility=visibility,
+            owner=owner,
+            check_only=waiter.looks_after(namespace, queue),
+        )
+        if deliveries:
+            return deliveries
+        end = self.clock.monotonic() + patience
+        while (remaining := end - self.clock.monotonic()) > 0:
+            candidate = await waiter.wait(namespace, queue, timeout=remaining)
+            if candidate is None:
+                break
+            deliveries = await self.claim(
+                namespace, queue, count, visibility=visibility, owner=owner, candidates=(candidate,)
+            )
+            if deliveries:
+                return deliveries
+        return []
+
+    async def notify(self, namespace: str, queue: str) -> None:
+        """The queue may have changed: who waits looks at once."""
+        self.foreign_change(namespace, queue)
+        if self.waiter is not None:
+            self.waiter.notify(namespace, queue)
+
+    async def until_due(self, namespace: str | None, queue: str) -> float | None:
+        """Seconds until the earliest message that is not ready now comes due; None when there is none."""
+        now = self.clock.now_ms()
+        page = await self.store.ready(*self.key(namespace, queue), now, limit=1)
+        return None if page.next_due is None else max(0.0, (page.next_due - now) / 1000)
 
     # Looking
 
@@ -372,6 +431,17 @@ class QueueService(States):
         if record.status.dead is None:
             raise MessageNotFound(f"message {id} is not a dead letter: it is still in queue {queue}")
         return record
+
+    async def list_dead_letters(
+        self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
+    ) -> list[Record]:
+        """Dead letters in order of insertion, from after the one with id ``after``. Raises MessageNotFound."""
+        start = None if after is None else (await self.dead_letter(namespace, queue, after)).item.key
+        while True:
+            page = await self.list_messages(namespace, queue, after=start, limit=limit, box=Box.DEAD)
+            if page.records or page.next_after is None:
+                return page.records
+            start = page.next_after  # A page of records that cannot be read; the next may have some that can.
 
     # Policy
 
