@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from zlib import crc32
 
-from millpond import lifecycle
 from millpond.errors import InvalidInput, MessageNotFound, PayloadNotLoaded, TooLarge
 from millpond.model.message import Lease as LeaseRecord
 from millpond.service import payloads
@@ -308,7 +307,7 @@ class MessageView:
     def __init__(self, service: Payloads, record: Record) -> None:
         self._service = service
         self._record = record
-        self.state = lifecycle.state_of(record.status, service.clock.now_ms()).value
+        self.state = service.state_of(record)
         """``ready``, ``delayed``, ``leased``, ``lapsed`` (lease ran out) or ``dead``."""
 
     @property

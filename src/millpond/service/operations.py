@@ -31,6 +31,9 @@ class Payloads(Protocol):
     def payload_chunks(self, record: Record) -> AsyncIterator[bytes]:
         """The payload in chunks, wherever it is stored."""
 
+    def state_of(self, record: Record) -> str:
+        """How the message stands now, or stood when it was read, by the clock of where it is."""
+
 
 class Answers(Payloads, Protocol):
     """What the holder of a message may do with it."""

@@ -7,7 +7,7 @@ while the store works.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from millpond import lifecycle
 from millpond.errors import InvalidInput, LeaseLost, MessageNotFound, MillpondError, StoreError
 from millpond.model import names
 from millpond.model.message import Lease, Status
-from millpond.service.config import QueuePolicy, check_count, milliseconds, short_text
+from millpond.service.config import QueuePolicy, changed_policy, check_count, milliseconds, short_text
 from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS, QueueKey, log
 from millpond.service.ready import ReadyCacheStats, Record
@@ -111,6 +111,10 @@ class QueueService(States):
         if record is None:
             raise MessageNotFound(f"there is no message {id} in queue {key[1]} of namespace {key[0]}")
         return record
+
+    def state_of(self, record: Record) -> str:
+        """How the message stands now: ``ready``, ``delayed``, ``leased``, ``lapsed`` or ``dead``."""
+        return lifecycle.state_of(record.status, self.clock.now_ms()).value
 
     async def list_messages(
         self, namespace: str | None, queue: str, *, after: int | None = None, limit: int = 100, box: Box = Box.LIVE
@@ -418,9 +422,7 @@ class QueueService(States):
     ) -> int:
         if ids is None:
             return await self._work_through(key, Box.DEAD, decide, done)
-        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-            raise InvalidInput("ids must be a list of message ids, or None for all")
-        wanted = dict.fromkeys([names.message_id(id) for id in ids])
+        wanted = names.message_ids(ids)
         records = [await self.dead_letter(*key, id) for id in wanted]
         planned = [(record, op) for record in records if (op := decide(record)) is not None]
         return await self._write_planned(planned, done)
@@ -450,17 +452,8 @@ class QueueService(States):
 
         Raises InvalidInput for unknown fields and values out of range."""
         key = self.key(namespace, queue)
-        unknown = set(fields) - set(QueuePolicy.__struct_fields__)
-        if unknown:
-            raise InvalidInput(f"a queue policy has no {', '.join(sorted(unknown))}")
-
-        def change(policy: QueuePolicy) -> QueuePolicy:
-            try:
-                return QueuePolicy(**(msgspec.structs.asdict(policy) | fields))
-            except TypeError as error:
-                raise InvalidInput(f"a queue policy field has the wrong type: {error}") from error
-
-        return await self.change_policy(key, change)
+        changed_policy(QueuePolicy(), fields)  # what is wrong for any policy is so before anything is read
+        return await self.change_policy(key, lambda policy: changed_policy(policy, fields))
 
     async def reset_policy(self, namespace: str | None, queue: str) -> QueuePolicy:
         """Put the default policy in place of whatever the queue has, also of one that cannot be read. Safe to repeat.
