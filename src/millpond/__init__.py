@@ -61,6 +61,9 @@ _WHERE = {
     "StoreMismatch": "errors",
     "Tampered": "errors",
     "TooLarge": "errors",
+    "Unauthorized": "errors",
+    "Forbidden": "errors",
+    "Throttled": "errors",
     "TooManyConsumers": "errors",
     "UnknownKey": "errors",
 }
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
     from millpond.errors import (
         CryptoError,
+        Forbidden,
         InvalidInput,
         InvalidMessageId,
         InvalidQueue,
@@ -84,8 +88,10 @@ if TYPE_CHECKING:
         StoreFull,
         StoreMismatch,
         Tampered,
+        Throttled,
         TooLarge,
         TooManyConsumers,
+        Unauthorized,
         UnknownKey,
     )
     from millpond.message import Lease, Message, MessageState, MessageView
@@ -127,6 +133,7 @@ __all__ = [
     "CryptoError",
     "DeadLetters",
     "EnqueueOptions",
+    "Forbidden",
     "InvalidInput",
     "InvalidMessageId",
     "InvalidQueue",
@@ -162,8 +169,10 @@ __all__ = [
     "SyncPond",
     "SyncQueue",
     "Tampered",
+    "Throttled",
     "TooLarge",
     "TooManyConsumers",
+    "Unauthorized",
     "UnknownKey",
     "__version__",
     "connect",

@@ -1,1 +1,2 @@
-"""What goes over the wire, for server and client alike: bodies, frames and names of errors. No I/O."""
+"""What server and client say to one another: bodies, headers, framing and faults. Pure: no I/O, and nothing installed
+beyond what Millpond always needs."""

@@ -1,0 +1,5 @@
+"""HTTP in front of a pond: lockd's queue protocol and Millpond's own routes. Needs ``pip install 'millpond[server]'``.
+
+Nothing here decides what may happen to a message; that is the service's business. A route decodes, asks the pond, and
+encodes.
+"""
