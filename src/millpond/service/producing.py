@@ -9,7 +9,7 @@ from zlib import crc32
 import msgspec
 
 from millpond import lifecycle
-from millpond.errors import StoreError
+from millpond.errors import InvalidInput, StoreError
 from millpond.model import names
 from millpond.model.codec import encode
 from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, Head, Status
