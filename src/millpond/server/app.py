@@ -36,7 +36,8 @@ class App:
         from starlette.routing import Route, Router
 
         self.context = context
-        self.hot: dict[str, Handler] = {**lockd_routes.hot(), **native_routes.hot()}
+        self._lockd = lockd_routes.hot()
+        self.hot: dict[str, Handler] = {**self._lockd, **native_routes.hot()}
         self.routes: list[BaseRoute] = [
             Route("/healthz", _asgi(healthz), methods=["GET", "POST"]),
             Route("/readyz", _asgi(readyz), methods=["GET", "POST"]),
@@ -75,6 +76,8 @@ class App:
         except Disconnected:
             call.status = 499  # nobody is told; in metrics it is what nginx calls it
         except Exception as error:
+            if call.route in self._lockd:
+                call.style = "lockd"
             await respond_error(call, error)
         finally:
             if timed:

@@ -15,11 +15,12 @@ from collections import Counter
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from millpond.model.clock import Clock, TimerHandle
 from millpond.server.auth import PEER, Identity, certificate_identity, serial_number
 from millpond.server.config import ServerConfig
+from millpond.server.protocol import Protocol
 from millpond.wire import faults
 from millpond.wire.faults import Fault
 
@@ -92,7 +93,7 @@ class Watch:
         return None
 
 
-class Connection(HttpToolsProtocol):
+class Connection(Protocol):
     """A connection to a client."""
 
     def __init__(self, watch: Watch, **rest: Any) -> None:

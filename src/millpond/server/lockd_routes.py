@@ -23,9 +23,9 @@ from millpond.server.receiving import give_back, receive
 from millpond.server.watches import head_of
 from millpond.service.config import DEFAULT_OPTIONS, MAX_SECONDS, EnqueueOptions
 from millpond.service.consuming import Delivery
-from millpond.wire import headers, lockd
+from millpond.wire import headers, lockd, multipart
 from millpond.wire.faults import Refusal
-from millpond.wire.multipart import Begin, Close, Data, End, Event, MultipartError, Parser, boundary_of
+from millpond.wire.multipart import Begin, Close, Data, Event, MultipartError, Parser, boundary_of
 
 _ack = lockd.Reader(lockd.Ack)
 _nack = lockd.Reader(lockd.Nack)
@@ -36,7 +36,7 @@ _meta = msgspec.json.Decoder(lockd.EnqueueMeta)
 
 def hot() -> Mapping[str, Handler]:
     """Path → handler, any method."""
-    table: dict[str, Handler] = {
+    return {
         "/v1/queue/enqueue": enqueue,
         "/v1/queue/dequeue": functools.partial(dequeue, stateful=False),
         "/v1/queue/dequeueWithState": functools.partial(dequeue, stateful=True),
@@ -49,15 +49,6 @@ def hot() -> Mapping[str, Handler]:
         "/v1/queue/extend": extend,
         **state_routes.hot(),
     }
-    return {path: _as_lockd(handler) for path, handler in table.items()}
-
-
-def _as_lockd(handler: Handler) -> Handler:
-    async def handle(call: Call) -> None:
-        call.style = "lockd"
-        await handler(call)
-
-    return handle
 
 
 # Producers
@@ -66,7 +57,9 @@ def _as_lockd(handler: Handler) -> Handler:
 class Upload:
     """A multipart enqueue as it comes in: first its meta, then its payload."""
 
-    def __init__(self, call: Call, boundary: bytes, max_meta: int) -> None:
+    def __init__(self, call: Call, boundary: bytes, max_meta: int, begin: bytes) -> None:
+        """``begin``: what was read of the body."""
+        self._begin = begin
         self._chunks = call.chunks()
         self._parser = Parser(boundary)
         self._events: deque[Event] = deque()
@@ -78,10 +71,12 @@ class Upload:
 
     async def _next(self) -> Event:
         while not self._events:
-            try:
-                chunk = await anext(self._chunks)
-            except StopAsyncIteration:
-                raise Refusal(400, "multipart_error", "the body ends before its closing delimiter") from None
+            chunk, self._begin = self._begin, b""
+            if not chunk:
+                try:
+                    chunk = await anext(self._chunks)
+                except StopAsyncIteration:
+                    raise Refusal(400, "multipart_error", "the body ends before its closing delimiter") from None
             try:
                 self._events.extend(self._parser.feed(chunk))
             except MultipartError as error:
@@ -111,22 +106,10 @@ class Upload:
             parts.append(event.data)
         return b"".join(parts)
 
-    def at_hand(self) -> bytes | None:
-        """The payload, where all of it is here already."""
-        if self._over:
-            return b""
-        events = self._events
-        if not events or (len(events) > 1 and isinstance(events[0], Data) and not isinstance(events[1], End)):
-            return None
-        if isinstance(events[0], End):
-            return b""
-        if len(events) > 1 and isinstance(events[0], Data):
-            self.size = len(events[0].data)
-            return events[0].data
-        return None
-
     async def payload(self) -> AsyncIterator[bytes]:
         """The payload as it comes; what follows its part is left unread. Raises Refusal, Disconnected."""
+        if self._over:
+            return
         while isinstance(event := await self._next(), Data):
             self.size += len(event.data)
             yield event.data
@@ -142,8 +125,18 @@ async def enqueue(call: Call) -> None:
         raise Refusal(
             400, "invalid_content_type", "an enqueue is multipart/related or multipart/form-data, with a boundary"
         )
-    upload = Upload(call, boundary, context.config.max_meta_bytes)
-    raw = await upload.meta()
+    max_meta = context.config.max_meta_bytes
+    begin = await call.first()
+    pair = multipart.pair(begin, boundary) if call.complete else None
+    upload: Upload | None = None
+    payload: Any
+    raw: bytes | None
+    if pair is not None and pair[0].name == "meta" != pair[2].name and len(pair[1]) <= max_meta:
+        raw, payload = pair[1], pair[3]
+    else:
+        upload = Upload(call, boundary, max_meta, begin)
+        raw = await upload.meta()
+        payload = upload.payload()
     try:
         meta = lockd.EnqueueMeta() if raw is None else _meta.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -153,11 +146,8 @@ async def enqueue(call: Call) -> None:
     given = headers.correlation_id(meta.correlation_id) or headers.correlation_id(call.header(headers.CORRELATION))
     options = _options(meta, given)
     service = context.pond.service
-    payload: Any = upload.at_hand()
-    if payload is None:
-        payload = upload.payload()
     receipt = await service.enqueue(*key, payload, options)
-    size = upload.size
+    size = len(payload) if upload is None else upload.size
     defaults = service.defaults_at_hand(key) or await service.defaults(key)
     max_attempts = defaults.max_attempts if options.max_attempts is None else options.max_attempts
     visibility = defaults.visibility if options.visibility is None else round(options.visibility * 1000)
