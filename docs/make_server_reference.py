@@ -21,8 +21,8 @@ Each can be given as an option of `millpond serve`, as an environment variable, 
 names; the first of these that says something counts. `millpond serve --show-config` prints what is in force, and where
 each value came from. A name that is not in this table is an error.
 
-Durations are seconds or carry a unit (`500ms`, `30s`, `5m`), sizes are bytes or carry one (`64KiB`, `100MiB`). A setting
-`tls.cert` is written in the file as
+Durations are seconds or carry a unit (`500ms`, `30s`, `5m`), sizes are bytes or carry one (`64KiB`, `100MiB`). A
+setting `tls.cert` is written in the file as
 
 ```toml
 [tls]
@@ -35,13 +35,13 @@ METRICS_INTRODUCTION = """\
 
 <!-- Made by docs/make_server_reference.py from millpond.server.families; change that, then run it again. -->
 
-`GET /metrics` tells Prometheus these, and OpenMetrics to those who accept it. Where the server wants tokens, it takes one
-with `read:*/*`, or `metrics.public = true`. Besides, there are `process_*` of the Prometheus library (memory, CPU, open
-files).
+`GET /metrics` tells Prometheus these, and OpenMetrics to those who accept it. Where the server wants tokens, it takes
+one with `read:*/*`, or `metrics.public = true`. Besides, there are `process_*` of the Prometheus library (memory,
+CPU, open files).
 
-Counters are of this process since it started. `millpond_queue_*` are of the store, and so the same from each server on
-it; take the largest, not the sum. On a store that charges for requests they are left out, because every scrape would cost
-money. Queues beyond `metrics.queues` are counted together as the queue `(other)` of no namespace.
+Counters are of this process since it started. `millpond_queue_*` are of the store, and so the same from each server
+on it; take the largest, not the sum. On a store that charges for requests they are left out, because every scrape
+would cost money. Queues beyond `metrics.queues` are counted together as the queue `(other)` of no namespace.
 """
 
 
@@ -67,9 +67,8 @@ def settings_page() -> str:
         lines += [f"## {title}", "", "| setting | | default | option, environment |", "|---|---|---|---|"]
         for setting in SETTINGS:
             if setting.section == section:
-                lines.append(
-                    f"| `{setting.place}` | {setting.help} | {default(setting)} | `{setting.flag}`, `{setting.variable}` |"
-                )
+                names = f"`{setting.flag}`, `{setting.variable}`"
+                lines.append(f"| `{setting.place}` | {setting.help} | {default(setting)} | {names} |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
