@@ -13,6 +13,7 @@ from millpond.server.config import ServerConfig
 from millpond.server.held import Held
 from millpond.server.limits import Gate, OpenGate
 from millpond.server.metrics import Metrics, NoMetrics
+from millpond.server.outstanding import Streams
 from millpond.server.watches import Watches
 from millpond.wire import headers
 from millpond.wire.faults import Refusal
@@ -52,6 +53,8 @@ class Context:
         self.gate: Gate = gate or OpenGate()
         self.metrics: Metrics = metrics or NoMetrics()
         self.held = Held()
+        self.streams = Streams(pond)
+        self.held.answered = self.streams.answered
         self.watches = Watches(pond)
         self.draining = False
         self._drain_ends = 0.0

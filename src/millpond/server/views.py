@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from millpond import lifecycle
 from millpond.errors import MillpondError
+from millpond.message import MessageView
 from millpond.model.message import DEFAULT_PRIORITY
 from millpond.requests import PondRequests
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy
@@ -91,13 +91,14 @@ def delivery(given: Delivery) -> native.Delivery:
     )
 
 
-def message(record: Record, now: int) -> native.MessageView:
-    """A message as an onlooker is told of it, at ``now`` (ms UTC)."""
+def message(view: MessageView) -> native.MessageView:
+    """A message as an onlooker is told of it."""
+    record = view.record
     status = record.status
     lease, dead = status.lease, status.dead
     return native.MessageView(
         **_common(record),
-        state=lifecycle.state_of(status, now).value,
+        state=view.state,
         fencing_token=status.token,
         lease=None
         if lease is None
@@ -150,6 +151,11 @@ def options(new: native.NewMessage) -> EnqueueOptions:
         content_type=new.content_type,
         correlation_id=new.correlation_id,
     )
+
+
+def with_id(chosen: EnqueueOptions, message_id: str) -> EnqueueOptions:
+    """The same with an id of the producer's own."""
+    return msgspec.structs.replace(chosen, message_id=message_id)
 
 
 def _seconds(milliseconds: int | None) -> float | None:
