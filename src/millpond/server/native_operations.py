@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from millpond.errors import InvalidInput, MillpondError
+from millpond.errors import Forbidden, InvalidInput, MillpondError
 from millpond.message import MessageView
 from millpond.model import names
 from millpond.queue import Queue
@@ -41,8 +41,7 @@ def _held(context: Context, request: native.Request, handles: Sequence[native.Ha
     namespace, queue = names.queue_key(request.namespace, request.queue)
     held = context.held
     return [
-        held.get(namespace, queue, names.message_id(one.message_id), one.lease_id, one.fencing_token)
-        for one in handles
+        held.get(namespace, queue, names.message_id(one.message_id), one.lease_id, one.fencing_token) for one in handles
     ]
 
 
@@ -211,7 +210,7 @@ async def queues(call: Call, request: native.NamespaceRequest) -> native.Queues:
 def _may_read(call: Call, namespace: str, queue: str) -> bool:
     try:
         call.authorise("read", namespace, queue)
-    except Refusal:
+    except Forbidden:
         return False
     return True
 

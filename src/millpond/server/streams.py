@@ -86,9 +86,7 @@ class Stream:
                 (b"x-accel-buffering", b"no"),
             ],
         )
-        await self._send(
-            native.Hello(self._outstanding.id, self._outstanding.credit, self._request.heartbeat_ms)
-        )
+        await self._send(native.Hello(self._outstanding.id, self._outstanding.credit, self._request.heartbeat_ms))
 
     async def _step(self, presence: Presence) -> None:
         """Send what there is, or wait for something; a heartbeat when there was nothing for long."""
@@ -185,7 +183,7 @@ def line(frame: native.Frame) -> bytes:
 
 
 async def stream(call: Call, request: native.StreamRequest) -> None:
-    """Deliver messages as they come, at most ``credit`` of them unanswered at a time. Ends when the client goes away."""
+    """Deliver messages as they come, at most ``credit`` of them unanswered at a time."""
     context = call.context
     context.refuse_while_draining()
     await context.gate.admit("consumer")
