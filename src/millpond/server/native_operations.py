@@ -96,6 +96,7 @@ async def receive(call: Call, request: native.ReceiveRequest) -> list[Delivery]:
 
 async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Results:
     """Ack each message; one that is refused does not hinder the others, and is told in its result."""
+    await call.context.gate.admit("answer")
     deliveries = _held(call.context, request, request.messages)
     errors = await call.context.pond.service.ack_many(deliveries)
     return _results(call.context, request.messages, deliveries, errors)
@@ -103,6 +104,7 @@ async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Resul
 
 async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Results:
     """Give each message back: as a failure, or (intent "defer") without one."""
+    await call.context.gate.admit("answer")
     service = call.context.pond.service
     deliveries = _held(call.context, request, request.messages)
     delay = request.delay_ms / 1000
@@ -117,6 +119,7 @@ async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Res
 
 async def extend_batch(call: Call, request: native.ExtendBatchRequest) -> native.Results:
     """Let each lease end so much from now."""
+    await call.context.gate.admit("answer")
     context = call.context
     deliveries = _held(context, request, request.messages)
     errors = await context.pond.service.extend_many(deliveries, request.extend_by_ms / 1000)
@@ -136,6 +139,7 @@ async def extend_batch(call: Call, request: native.ExtendBatchRequest) -> native
 
 async def bury(call: Call, request: native.BuryRequest) -> native.Done:
     """Give a message up: a dead letter with this reason."""
+    await call.context.gate.admit("answer")
     [delivery] = _held(call.context, request, [request.message])
     await call.context.pond.service.bury(delivery, request.reason, error=request.error)
     call.context.held.drop(delivery)
