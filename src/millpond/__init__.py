@@ -38,7 +38,7 @@ _WHERE = {
     "SyncMessageView": "sync",
     "SyncPond": "sync",
     "SyncQueue": "sync",
-    "connect": "pond",
+    "connect": "connecting",
     "connect_sync": "sync",
     "json": "service.payloads",
     "msgpack": "service.payloads",
@@ -59,6 +59,8 @@ _WHERE = {
     "StoreError": "errors",
     "StoreFull": "errors",
     "StoreMismatch": "errors",
+    "StoreUnreachable": "errors",
+    "OutcomeUnknown": "errors",
     "Tampered": "errors",
     "TooLarge": "errors",
     "Unauthorized": "errors",
@@ -69,6 +71,7 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
+    from millpond.connecting import connect
     from millpond.crypto.keyring import Keyring
     from millpond.errors import (
         CryptoError,
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
         LeaseLost,
         MessageNotFound,
         MillpondError,
+        OutcomeUnknown,
         PayloadNotLoaded,
         StateConflict,
         StoreBusy,
@@ -87,6 +91,7 @@ if TYPE_CHECKING:
         StoreError,
         StoreFull,
         StoreMismatch,
+        StoreUnreachable,
         Tampered,
         Throttled,
         TooLarge,
@@ -95,7 +100,7 @@ if TYPE_CHECKING:
         UnknownKey,
     )
     from millpond.message import Lease, Message, MessageState, MessageView
-    from millpond.pond import Pond, connect
+    from millpond.pond import Pond
     from millpond.queue import Answer, DeadLetters, Queue, QueueCounts, Receipt
     from millpond.requests import PondRequests, QueueRequests
     from millpond.service.config import Config, EnqueueOptions, QueuePolicy
@@ -145,6 +150,7 @@ __all__ = [
     "MessageState",
     "MessageView",
     "MillpondError",
+    "OutcomeUnknown",
     "Payload",
     "PayloadNotLoaded",
     "Pond",
@@ -162,6 +168,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreMismatch",
+    "StoreUnreachable",
     "SyncDeadLetters",
     "SyncMessage",
     "SyncMessageState",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from millpond.pond import Pond
+from millpond.server.audit import Audit, Who
 from millpond.server.auth import ANONYMOUS, Authority, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
 from millpond.server.gate import LoadGate, store_load
@@ -15,6 +16,8 @@ from millpond.server.held import Held
 from millpond.server.limits import Gate
 from millpond.server.metrics import Metrics, NoMetrics
 from millpond.server.outstanding import Streams
+from millpond.server.quota import Quota
+from millpond.server.tracing import Tracing
 from millpond.server.watches import Watches
 from millpond.wire import headers
 from millpond.wire.faults import Refusal
@@ -47,12 +50,17 @@ class Context:
         authority: Authority | None = None,
         gate: Gate | None = None,
         metrics: Metrics | None = None,
+        audit: Audit | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.pond = pond
         self.config = config or ServerConfig()
         self.authority: Authority = authority or OpenAuthority()
         self.gate: Gate = gate or LoadGate(pond.clock, lambda: store_load(pond.store))
         self.metrics: Metrics = metrics or NoMetrics()
+        self.audit = audit or Audit(pond.clock)
+        self.tracing = tracing
+        self.quota = Quota(pond, self.config.max_queues_per_namespace)
         self.held = Held()
         self.streams = Streams(pond)
         self.held.answered = self.streams.answered
@@ -173,6 +181,17 @@ class Call:
     def authorise(self, scope: Scope, namespace: str | None = None, queue: str | None = None) -> None:
         """Return if the caller may do this. Raises Forbidden, Unauthorized."""
         self.context.authority.authorise(self.identity, scope, namespace, queue)
+
+    @property
+    def address(self) -> str:
+        """The client's."""
+        client = self.scope.get("client")
+        return client[0] if client else ""
+
+    def audit(self, action: str, namespace: str | None, queue: str | None, **fields: Any) -> None:
+        """Write down that the caller did something that cannot be undone."""
+        who = Who(self.identity, self.address, self.correlation_id)
+        self.context.audit.note(action, who, namespace=namespace, queue=queue, **fields)
 
     async def body(self, limit: int | None = None) -> bytes:
         """The whole body. Raises Refusal ``invalid_body`` when it is larger than ``limit`` bytes (None: the server's

@@ -249,7 +249,6 @@ async def dequeue(call: Call, *, stateful: bool) -> None:
 async def _held(call: Call, request: lockd.Answer, *, etag_needed: bool) -> Delivery:
     """The delivery that the answer is for. Raises Refusal, in lockd's order of checks."""
     context = call.context
-    await context.gate.admit("answer")
     if not (request.queue.strip() and request.message_id.strip() and request.lease_id.strip()):
         raise Refusal(400, "missing_fields", "queue, message_id and lease_id are needed")
     meta_etag = request.meta_etag.strip()
@@ -310,6 +309,7 @@ async def _missing_or_lost(call: Call, delivery: Delivery, error: LeaseLost) -> 
 
 async def ack(call: Call) -> None:
     """Removes a message that is done."""
+    await call.context.gate.admit("answer")
     request: lockd.Ack = await read(call, _ack)
     delivery = await _held(call, request, etag_needed=False)
     if request.state_etag.strip() and request.state_etag.strip() != lockd.state_etag(delivery.id):
@@ -324,6 +324,7 @@ async def ack(call: Call) -> None:
 
 async def nack(call: Call) -> None:
     """Gives a message back, with a failure or (``defer``) without."""
+    await call.context.gate.admit("answer")
     request: lockd.Nack = await read(call, _nack)
     intent = request.intent.strip().lower() or "failure"
     if intent not in {"failure", "defer"}:
@@ -348,6 +349,7 @@ async def nack(call: Call) -> None:
 
 async def extend(call: Call) -> None:
     """Renews a lease."""
+    await call.context.gate.admit("answer")
     request: lockd.Extend = await read(call, _extend)
     delivery = await _held(call, request, etag_needed=True)
     record = delivery.record
@@ -379,6 +381,7 @@ async def extend(call: Call) -> None:
 
 async def stats(call: Call) -> None:
     """How the queue stands, without a change to it."""
+    await call.context.gate.admit("other")
     request: lockd.Named = await read(call, _stats)
     query = call.query
     written = request.queue.strip() or query.get("queue", "").strip()

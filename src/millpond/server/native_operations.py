@@ -214,7 +214,7 @@ async def queues(call: Call, request: native.NamespaceRequest) -> native.Queues:
 def _may_read(call: Call, namespace: str, queue: str) -> bool:
     try:
         call.authorise("read", namespace, queue)
-    except Forbidden:
+    except (Refusal, Forbidden):
         return False
     return True
 
