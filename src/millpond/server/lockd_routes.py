@@ -250,7 +250,6 @@ async def dequeue(call: Call, *, stateful: bool) -> None:
 async def _held(call: Call, request: lockd.Answer, *, etag_needed: bool) -> Delivery:
     """The delivery that the answer is for. Raises Refusal, in lockd's order of checks."""
     context = call.context
-    await context.gate.admit("answer")
     if not (request.queue.strip() and request.message_id.strip() and request.lease_id.strip()):
         raise Refusal(400, "missing_fields", "queue, message_id and lease_id are needed")
     meta_etag = request.meta_etag.strip()
@@ -304,13 +303,14 @@ def _mismatch(detail: str) -> Refusal:
 
 async def _missing_or_lost(call: Call, delivery: Delivery, error: LeaseLost) -> Exception:
     """lockd tells a message that is gone from one that somebody else holds."""
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     gone = await call.context.pond.service.load(delivery.namespace, delivery.queue, delivery.id) is None
     return _gone(delivery) if gone else error
 
 
 async def ack(call: Call) -> None:
     """Removes a message that is done."""
+    await call.context.gate.admit("answer")
     request: lockd.Ack = await read(call, _ack)
     delivery = await _held(call, request, etag_needed=False)
     if request.state_etag.strip() and request.state_etag.strip() != lockd.state_etag(delivery.id):
@@ -319,12 +319,13 @@ async def ack(call: Call) -> None:
         await call.context.pond.service.ack(delivery)
     except LeaseLost as error:
         raise await _missing_or_lost(call, delivery, error) from error
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     await call.answer(lockd.encode(lockd.Acked(True, call.correlation_id)) + b"\n")
 
 
 async def nack(call: Call) -> None:
     """Gives a message back, with a failure or (``defer``) without."""
+    await call.context.gate.admit("answer")
     request: lockd.Nack = await read(call, _nack)
     intent = request.intent.strip().lower() or "failure"
     if intent not in {"failure", "defer"}:
@@ -341,7 +342,7 @@ async def nack(call: Call) -> None:
             await service.nack(delivery, delay=delay, error=request.last_error)
     except LeaseLost as error:
         raise await _missing_or_lost(call, delivery, error) from error
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     # Nobody holds it now, so that nothing can be asked of this version; it only must be another.
     etag = lockd.meta_etag(delivery.token, 0)
     await call.answer(lockd.encode(lockd.Requeued(True, etag, call.correlation_id)) + b"\n")
@@ -349,6 +350,7 @@ async def nack(call: Call) -> None:
 
 async def extend(call: Call) -> None:
     """Renews a lease."""
+    await call.context.gate.admit("answer")
     request: lockd.Extend = await read(call, _extend)
     delivery = await _held(call, request, etag_needed=True)
     record = delivery.record
@@ -380,6 +382,7 @@ async def extend(call: Call) -> None:
 
 async def stats(call: Call) -> None:
     """How the queue stands, without a change to it."""
+    await call.context.gate.admit("other")
     request: lockd.Named = await read(call, _stats)
     query = call.query
     written = request.queue.strip() or query.get("queue", "").strip()

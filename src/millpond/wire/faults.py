@@ -62,7 +62,6 @@ INTERNAL = Refusal(500, "internal_error", "the server failed at this; its log sa
 
 LOCKD: dict[str, tuple[int, str]] = {
     "invalid_queue": (400, "invalid_queue"),
-    "invalid_message_id": (404, "not_found"),
     "message_not_found": (404, "not_found"),
     "lease_lost": (409, "queue_message_lease_mismatch"),
     "state_conflict": (409, "etag_mismatch"),
@@ -90,7 +89,7 @@ def _detail(error: MillpondError) -> str:
 
 
 def _retry_after(error: MillpondError) -> int:
-    return BUSY_RETRY if error.retryable and error.http_status in {429, 503, 507} else 0
+    return BUSY_RETRY if error.retryable and error.http_status in {429, 503} else 0
 
 
 def exception(status: int, code: str, detail: str = "") -> MillpondError:
@@ -111,7 +110,6 @@ _BY_STATUS: dict[int, type[MillpondError]] = {
     409: errors.LeaseLost,
     413: errors.TooLarge,
     503: errors.StoreBusy,
-    507: errors.StoreFull,
 }
 
 _decoder = msgspec.json.Decoder(Fault)

@@ -401,7 +401,7 @@ async def test_metrics_tell_what_happened() -> None:
         assert told["millpond_http_connections"] >= 1
         assert told["millpond_draining"] == 0
         assert told["millpond_queues"] == 1
-        assert told["millpond_store_commits_total"] >= 5
+        assert told["millpond_store_operations_total"] >= 5
         assert any(name.startswith("millpond_build_info{") and value == 1 for name, value in told.items())
         assert told['millpond_log_events_total{event="millpond.message.dead_lettered"}'] == 1
 
