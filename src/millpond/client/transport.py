@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
@@ -39,6 +40,8 @@ LONGEST_PAUSE = 2.0
 FIRST_REST = 1.0
 """Seconds for which a server that failed comes last; it doubles with each failure in a row."""
 LONGEST_REST = 30.0
+LARGE_BODY = 1024 * 1024
+"""Bytes of a body above which it is not written at once."""
 MAX_ANSWER = 256 * 1024 * 1024
 """No answer that is read as a whole is larger."""
 _SERVER_AWAY = frozenset({"node_passive", "shutdown_draining"})
@@ -158,6 +161,8 @@ class Transport:
         """Opens nothing. Raises InvalidInput for certificates that are none."""
         self._address = address
         self._clock = clock
+        self.io_clock = clock
+        """What tries and pauses are timed by. A test whose clock stands still while bytes travel sets another."""
         self._ids = ids
         self._tls = address.tls()
         self.endpoints = [Endpoint(url) for url in address.endpoints]
@@ -166,8 +171,8 @@ class Transport:
         self._waits: aiohttp.ClientSession | None = None
         self._closed = False
         self._urls: dict[tuple[str, str], URL] = {}
-        self.requests = self.failures = self.repeats = 0
-        """Tries made, those that came to nothing, and those that followed one."""
+        self.requests = self.failures = self.repeats = self.under_way = 0
+        """Tries made, those that came to nothing, those that followed one, and those that wait for their answer."""
 
     @property
     def where(self) -> str:
@@ -251,7 +256,7 @@ class Transport:
         def watch(link: Link) -> None:
             while timers:
                 timers.pop().cancel()
-            timers.append(self._clock.call_later(limit, link.cut))
+            timers.append(self.io_clock.call_later(limit, link.cut))
 
         async def chunks(link: Link) -> AsyncIterator[bytes]:
             nonlocal given, wrong
@@ -307,7 +312,7 @@ class Transport:
         received = 0
         try:
             while True:
-                timer = self._clock.call_later(limit, link.cut)
+                timer = self.io_clock.call_later(limit, link.cut)
                 try:
                     chunk = await response.content.readany()
                 finally:
@@ -346,7 +351,7 @@ class Transport:
             later: float | None = None
             refusal: MillpondError | None = None
             try:
-                answer = await once(endpoint, link, max(0.001, end - now))
+                answer = await self._counted(once(endpoint, link, max(0.001, end - now)))
             except _Trouble as trouble:
                 self.failures += 1
                 attempt.unsure |= trouble.sent
@@ -390,6 +395,13 @@ class Transport:
             self._check_wanted(attempt)
             self.repeats += 1
 
+    async def _counted(self, call: Awaitable[_Answer]) -> _Answer:
+        self.under_way += 1
+        try:
+            return await call
+        finally:
+            self.under_way -= 1
+
     def _check_wanted(self, attempt: Attempt) -> None:
         if attempt.given_up or self._closed:
             raise StoreClosed("the pond was closed, or the call cancelled, while it was under way")
@@ -406,6 +418,8 @@ class Transport:
         well, and wants this call later."""
         if not put_off and any(endpoint.rests_until <= now for endpoint in self.endpoints):
             return 0.0
+        if not tries and later is None:
+            return 0.0  # a connection that was kept may have ended meanwhile, with nothing wrong
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(tries, 10))
         least = pause / 2 if later is None else later
         return least + pause / 2 * self._ids.below(1001) / 1000
@@ -419,7 +433,7 @@ class Transport:
 
     async def _sleep(self, seconds: float) -> None:
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(seconds, lambda: None if over.done() else over.set_result(None))
+        timer = self.io_clock.call_later(seconds, lambda: None if over.done() else over.set_result(None))
         try:
             await over
         finally:
@@ -442,9 +456,11 @@ class Transport:
         if session is None or self._closed:
             raise StoreClosed("this pond is not open; use it with `async with`")
         _link.set(link)
-        timer: TimerHandle | None = None if limit is None else self._clock.call_later(limit, link.cut)
+        timer: TimerHandle | None = None if limit is None else self.io_clock.call_later(limit, link.cut)
         response: aiohttp.ClientResponse | None = None
         try:
+            if isinstance(body, bytes) and len(body) > LARGE_BODY:
+                body = io.BytesIO(body)  # written piece by piece
             response = await session.request(
                 "POST", self._url(endpoint, path), data=body, headers=headers, allow_redirects=False
             )
