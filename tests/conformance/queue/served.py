@@ -20,6 +20,8 @@ from millpond.server.run import Server
 LEFT_OUT: dict[str, str] = {
     "test_cancellation": "it cancels at each store call that the caller's own task makes; here they are the server's, "
     "whom a cancelled client does not reach. tests/unit/client/test_cancelling.py cancels over the wire",
+    "test_a_payload_is_never_lost_to_a_message_that_goes_meanwhile": "its store removes a message as soon as it is "
+    "looked up, and a server looks up a duplicate to say how it stands",
 }
 """Test or module -> why it cannot apply to a pond behind a server. Everything else must hold there, too."""
 
