@@ -10,9 +10,11 @@ from urllib.parse import parse_qsl
 from millpond.pond import Pond
 from millpond.server.auth import ANONYMOUS, Authority, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
+from millpond.server.gate import LoadGate, store_load
 from millpond.server.held import Held
-from millpond.server.limits import Gate, OpenGate
+from millpond.server.limits import Gate
 from millpond.server.metrics import Metrics, NoMetrics
+from millpond.server.outstanding import Streams
 from millpond.server.watches import Watches
 from millpond.wire import headers
 from millpond.wire.faults import Refusal
@@ -49,9 +51,11 @@ class Context:
         self.pond = pond
         self.config = config or ServerConfig()
         self.authority: Authority = authority or OpenAuthority()
-        self.gate: Gate = gate or OpenGate()
+        self.gate: Gate = gate or LoadGate(pond.clock, lambda: store_load(pond.store))
         self.metrics: Metrics = metrics or NoMetrics()
         self.held = Held()
+        self.streams = Streams(pond)
+        self.held.answered = self.streams.answered
         self.watches = Watches(pond)
         self.draining = False
         self._drain_ends = 0.0
