@@ -131,7 +131,7 @@ def idle(system: System, broker: brokers.Broker, seconds: float, bundle: str | N
     """What a server costs while a thousand wait."""
     memory = brokers.memory_mb(broker.pid) if broker.pid else 0.0
     command = system.command(broker.url, "idle", seconds + LIMIT, 1.0, bundle)
-    pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with brokers.pinned(brokers.cores()[1]):
         process = subprocess.Popen(command, text=True, **pipes)
     try:
