@@ -88,6 +88,19 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "`Config.max_consumers` (4,096) calls of `receive(wait=…)` are waiting in this process.",
         "Let fewer tasks wait, each taking more messages (`count`), or raise the cap.",
     ),
+    errors.Unauthorized: (
+        "The request to a server carried no token or certificate, or one that has ended or that the server never had.",
+        "Give the client a token that holds, or the certificate; on the server, see its list of tokens.",
+    ),
+    errors.Forbidden: (
+        "The token or certificate is known to the server, but does not allow this on this queue or namespace.",
+        "Use one that does, or have its scopes widened on the server. Repeating the call will not help.",
+    ),
+    errors.Throttled: (
+        "The server slows producers, and at last consumers, down because its store or process is loaded.",
+        "Wait for as long as the answer says (Retry-After), then send it again; the client does so by itself. If it "
+        "happens often, the server needs a faster disk, or a second one.",
+    ),
     errors.PayloadNotLoaded: (
         "`message.payload` of a payload that is stored apart, or anything but an answer on a handle made from ids.",
         "`async for chunk in message.stream()`, or `await message.read()`; for a handle, `queue.get(id)`.",

@@ -70,6 +70,9 @@ _WHERE = {
     "StoreMismatch": "errors",
     "Tampered": "errors",
     "TooLarge": "errors",
+    "Unauthorized": "errors",
+    "Forbidden": "errors",
+    "Throttled": "errors",
     "TooManyConsumers": "errors",
     "UnknownKey": "errors",
 }
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
     from millpond.errors import (
         CryptoError,
+        Forbidden,
         InvalidInput,
         InvalidMessageId,
         InvalidQueue,
@@ -93,8 +97,10 @@ if TYPE_CHECKING:
         StoreFull,
         StoreMismatch,
         Tampered,
+        Throttled,
         TooLarge,
         TooManyConsumers,
+        Unauthorized,
         UnknownKey,
     )
     from millpond.message import Lease, Message, MessageState, MessageView
@@ -144,6 +150,7 @@ __all__ = [
     "DeadLetters",
     "Defer",
     "EnqueueOptions",
+    "Forbidden",
     "GiveUp",
     "InvalidInput",
     "InvalidMessageId",
@@ -184,8 +191,10 @@ __all__ = [
     "SyncPond",
     "SyncQueue",
     "Tampered",
+    "Throttled",
     "TooLarge",
     "TooManyConsumers",
+    "Unauthorized",
     "UnknownKey",
     "Worker",
     "__version__",

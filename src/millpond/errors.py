@@ -9,6 +9,9 @@
      ├── LeaseLost                   the lease is not the message's current one; nothing was changed
      ├── StateConflict               the workflow state has another ETag than expected
      ├── TooManyConsumers            the cap on waiting consumers is reached
+     ├── Unauthorized                the server does not know who asks
+     ├── Forbidden                   the server knows, and will not let him
+     ├── Throttled                   the server is loaded; ask again a little later
      ├── PayloadNotLoaded            the payload is stored apart from its record; stream it
      ├── StoreError                  the storage said no
      │    ├── StoreBusy              another writer holds it; try again
@@ -92,6 +95,28 @@ class TooManyConsumers(MillpondError):
 
     code = "too_many_consumers"
     http_status = 503
+    retryable = True
+
+
+class Unauthorized(MillpondError):
+    """The server does not know who asks: no token or certificate, or one that it does not accept."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(MillpondError):
+    """Who asks may not do this there."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class Throttled(MillpondError):
+    """The server has too much to do; ask again a little later."""
+
+    code = "throttled"
+    http_status = 429
     retryable = True
 
 

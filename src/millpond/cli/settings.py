@@ -73,7 +73,7 @@ class Settings:
         asking a file that is not there is a wrong path or directory, never a question about an empty queue."""
         import asyncio
 
-        self._log()
+        self.start_logging()
         if existing:
             self._check_exists()
 
@@ -107,7 +107,8 @@ class Settings:
                 f"there is no store at {path}: name it with --store or MILLPOND_STORE (`millpond enqueue` makes one)"
             )
 
-    def _log(self) -> None:
+    def start_logging(self) -> None:
+        """Log to stderr, as much as --verbose and --quiet say."""
         import logging
 
         if self.verbose:
