@@ -188,7 +188,7 @@ def test_the_queries_of_the_format_find_what_is_there(tmp_path: Path) -> None:
     state = msgspec.msgpack.decode(database.execute("SELECT data FROM state").fetchone()[0])
     database.close()
     assert set(policy) == {"format", "policy"}
-    assert set(state) == {"format", "value", "created_at", "updated_at"}
+    assert set(state) == {"format", "value", "created_at", "updated_at", "version"}
     assert {entry.name for entry in (tmp_path / "work.db-millpond").iterdir()} == {"turn.lock", "write.lock", "feed"}
 
 

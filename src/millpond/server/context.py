@@ -13,6 +13,7 @@ from millpond.server.config import ServerConfig
 from millpond.server.held import Held
 from millpond.server.limits import Gate, OpenGate
 from millpond.server.metrics import Metrics, NoMetrics
+from millpond.server.watches import Watches
 from millpond.wire import headers
 from millpond.wire.faults import Refusal
 
@@ -51,6 +52,7 @@ class Context:
         self.gate: Gate = gate or OpenGate()
         self.metrics: Metrics = metrics or NoMetrics()
         self.held = Held()
+        self.watches = Watches(pond)
         self.draining = False
         self._drain_ends = 0.0
         self._drain_begins: set[Callable[[], object]] = set()
@@ -220,11 +222,9 @@ class Call:
         more: Iterable[Header] = (),
     ) -> None:
         """The whole answer at once, with its length and the correlation id."""
-        fields = [
-            (b"content-length", b"%d" % len(body)),
-            (headers.CORRELATION, self.correlation_id.encode()),
-            *more,
-        ]
+        fields = [(headers.CORRELATION, self.correlation_id.encode()), *more]
+        if status != 204:  # which has none, by RFC 9110
+            fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
         await self.start(status, fields)
