@@ -101,6 +101,30 @@ class Producing(Core):
             for draft, outcome in zip(drafts, outcomes, strict=True)
         ]
 
+    async def enqueue_each(
+        self, namespace: str | None, queue: str, messages: Sequence[tuple[Any, EnqueueOptions, str | None]]
+    ) -> list[Receipt]:
+        """As `enqueue_many`, each message with options of its own, and with the id that its producer chose for it, if
+        any (in place of ``options.message_id``). When one of them cannot be right, none is written."""
+        key = self.key(namespace, queue)
+        defaults = self.defaults_at_hand(key) or await self.defaults(key)
+        drafts: list[_Draft] = []
+        for index, (source, options, id) in enumerate(messages):
+            try:
+                if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
+                    made = self.ids.message_id() if id is None else names.message_id(id)
+                    stamp = self._stamp(0, defaults.ttl)
+                    drafts.append(self._plain(key, defaults, stamp, source, made, id is not None))
+                else:
+                    if id is not None:
+                        options = msgspec.structs.replace(options, message_id=id)
+                    drafts.append(await self._draft(key, defaults, source, options))
+            except InvalidInput as error:
+                raise type(error)(f"message {index} of the batch: {error}") from error
+        outcomes = await self.write([draft.op for draft in drafts])
+        self._tell(key, drafts, outcomes)
+        return [self._receipt(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
+
     async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
         if source.__class__ is Payload:
             if options.content_type is None:
@@ -208,7 +232,9 @@ class Producing(Core):
         return stamp
 
     @staticmethod
-    def _plain(key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str) -> _Draft:
+    def _plain(
+        key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str, chosen: bool = False
+    ) -> _Draft:
         """As `_build`, for a small payload without options: the common case without the detours."""
         head = Head(
             HEAD_FORMAT,
@@ -229,7 +255,7 @@ class Producing(Core):
             False,
             crc32(data),
         )
-        return _finish(stamp, head, data, None)
+        return _finish(stamp, head, data, None, "", chosen)
 
     def _attributes(self, attributes: Any) -> dict[str, Any] | None:
         if attributes is None:
