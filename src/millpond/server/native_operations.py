@@ -38,8 +38,7 @@ def _held(context: Context, request: native.Request, handles: Sequence[native.Ha
     namespace, queue = names.queue_key(request.namespace, request.queue)
     held = context.held
     return [
-        held.get(namespace, queue, names.message_id(one.message_id), one.lease_id, one.fencing_token)
-        for one in handles
+        held.get(namespace, queue, names.message_id(one.message_id), one.lease_id, one.fencing_token) for one in handles
     ]
 
 

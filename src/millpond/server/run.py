@@ -71,11 +71,12 @@ class Server:
         """Listen. Raises OSError, in words, when the address cannot be had."""
         config = self.context.config
         loop = asyncio.get_running_loop()
-        protocol: Any = self._settings.http_protocol_class
+        from millpond.server.exchange import FastProtocol
 
         def connect() -> asyncio.Protocol:
-            made: asyncio.Protocol = protocol(config=self._settings, server_state=self._state, app_state={}, _loop=loop)
-            return made
+            return FastProtocol(
+                application=self.app, config=self._settings, server_state=self._state, app_state={}, _loop=loop
+            )
 
         self._tick()
         try:
