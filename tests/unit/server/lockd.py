@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from tests.unit.server.raw import Answer, Connection, request
@@ -138,4 +139,11 @@ def error_of(answer: Answer) -> tuple[int, str]:
     return answer.status, body["error"]
 
 
-__all__ = ["BOUNDARY", "Client", "Connection", "Delivery", "error_of", "form", "parts_of", "serving"]
+async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    """Let the loop run until it holds."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+__all__ = ["BOUNDARY", "Client", "Connection", "Delivery", "error_of", "form", "parts_of", "serving", "until"]
