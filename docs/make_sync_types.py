@@ -57,7 +57,7 @@ from millpond.requests import PondRequests
 from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
-from millpond.stores.base import Problem, QueueName
+from millpond.stores.base import Capabilities, Problem, QueueName
 
 T = TypeVar("T")
 """

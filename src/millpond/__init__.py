@@ -38,7 +38,7 @@ _WHERE = {
     "SyncMessageView": "sync",
     "SyncPond": "sync",
     "SyncQueue": "sync",
-    "connect": "pond",
+    "connect": "connecting",
     "connect_sync": "sync",
     "Consumer": "worker.registry",
     "Context": "worker.hooks",
@@ -68,6 +68,8 @@ _WHERE = {
     "StoreError": "errors",
     "StoreFull": "errors",
     "StoreMismatch": "errors",
+    "StoreUnreachable": "errors",
+    "OutcomeUnknown": "errors",
     "Tampered": "errors",
     "TooLarge": "errors",
     "Unauthorized": "errors",
@@ -78,6 +80,7 @@ _WHERE = {
 }
 
 if TYPE_CHECKING:
+    from millpond.connecting import connect
     from millpond.crypto.keyring import Keyring
     from millpond.errors import (
         CryptoError,
@@ -88,6 +91,7 @@ if TYPE_CHECKING:
         LeaseLost,
         MessageNotFound,
         MillpondError,
+        OutcomeUnknown,
         PayloadNotLoaded,
         StateConflict,
         StoreBusy,
@@ -96,6 +100,7 @@ if TYPE_CHECKING:
         StoreError,
         StoreFull,
         StoreMismatch,
+        StoreUnreachable,
         Tampered,
         Throttled,
         TooLarge,
@@ -104,7 +109,7 @@ if TYPE_CHECKING:
         UnknownKey,
     )
     from millpond.message import Lease, Message, MessageState, MessageView
-    from millpond.pond import Pond, connect
+    from millpond.pond import Pond
     from millpond.queue import Answer, DeadLetters, Queue, QueueCounts, Receipt
     from millpond.requests import PondRequests, QueueRequests
     from millpond.service.config import Config, EnqueueOptions, QueuePolicy
@@ -165,6 +170,7 @@ __all__ = [
     "Middleware",
     "MillpondError",
     "Outcome",
+    "OutcomeUnknown",
     "Payload",
     "PayloadNotLoaded",
     "Pond",
@@ -184,6 +190,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreMismatch",
+    "StoreUnreachable",
     "SyncDeadLetters",
     "SyncMessage",
     "SyncMessageState",

@@ -17,6 +17,8 @@
      │    ├── StoreBusy              another writer holds it; try again
      │    ├── StoreFull              no room left; free some, then try again
      │    ├── StoreClosed            the pond was closed
+     │    ├── StoreUnreachable       no server that was given answers; try again
+     │    ├── OutcomeUnknown         it was sent, and no reply came: it may have been done
      │    ├── StoreMismatch          not a Millpond store, or one from a newer version
      │    └── StoreCorrupt           a record that cannot be read
      └── CryptoError                 a ciphertext that does not open
@@ -152,6 +154,19 @@ class StoreClosed(StoreError):
     """The store is closed."""
 
     code = "store_closed"
+
+
+class StoreUnreachable(StoreError):
+    """No server answers at the addresses that were given; nothing is known to have been done. Try again."""
+
+    code = "store_unreachable"
+    retryable = True
+
+
+class OutcomeUnknown(StoreError):
+    """The request was sent and no usable reply came back: it may have taken place, now or a little later."""
+
+    code = "outcome_unknown"
 
 
 class StoreMismatch(StoreError):

@@ -15,8 +15,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any
 
-import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header
 from millpond.wire import headers
@@ -212,7 +211,7 @@ class FastProtocol(HttpToolsProtocol):
             super().on_headers_complete()
             return
         path, self._handler = found
-        scope = self._scope()
+        scope = self.scope_of_request()
         scope["path"] = path
         scope["method"] = "POST"
         scope["query_string"] = b""
@@ -222,7 +221,8 @@ class FastProtocol(HttpToolsProtocol):
 
     def _plain(self) -> bool:
         """Nothing about this request is unusual, and the connection is free."""
-        cycle, parser = self.cycle, self.parser
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
+        parser = self.parser
         if (
             (cycle is not None and not cycle.response_complete)
             or self.expect_100_continue
@@ -240,18 +240,20 @@ class FastProtocol(HttpToolsProtocol):
         # The parser has seen to it that this is a number.
         return size is not None and len(size) <= 5 and int(size) <= MAX_BODY
 
-    def _scope(self) -> AsgiScope:
+    def scope_of_request(self) -> AsgiScope:
+        """What handlers look at; `FastProtocol` adds the rest."""
         return {"type": "http", "client": self.client, "scheme": self.scheme, "headers": self.headers}
 
     def _begin_scope(self) -> None:
-        self.scope = {  # type: ignore[typeddict-item]
-            **self._scope(),
+        scope: Any = {
+            **self.scope_of_request(),
             "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
             "http_version": "1.1",
             "server": self.server,
             "root_path": self.root_path,
             "state": self.app_state.copy(),
         }
+        self.scope = scope
 
     def on_body(self, body: bytes) -> None:
         if self._exchange is not None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("millpond.server")
 
 EXTRA = "the server needs more packages: pip install 'millpond[server]'"
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+"""No browser is to take an answer for a page."""
 DRAIN_LOOK = 0.05
 """Seconds between looks whether the last connection has ended."""
 
@@ -43,6 +45,7 @@ class Server:
         except ModuleNotFoundError as error:
             raise StoreError(f"{EXTRA} ({error.name} is missing)") from error
         from millpond.server.app import App
+        from millpond.server.connections import Watch
 
         self.context = context
         self.app: App = App(context)
@@ -62,6 +65,8 @@ class Server:
         self._settings.load()
         logging.getLogger("uvicorn.error").addFilter(_foreseen)
         self._state = ServerState()
+        self.watch = Watch(config, context.pond.clock)
+        """Limits of the connections, and the sweep that holds them to it."""
         self._server: asyncio.Server | None = None
         self._date: asyncio.TimerHandle | None = None
         self.url = ""
@@ -71,17 +76,26 @@ class Server:
         """Listen. Raises OSError, in words, when the address cannot be had."""
         config = self.context.config
         loop = asyncio.get_running_loop()
-        from millpond.server.exchange import FastProtocol
+        from millpond.server.connections import Connection
 
         def connect() -> asyncio.Protocol:
-            return FastProtocol(
-                application=self.app, config=self._settings, server_state=self._state, app_state={}, _loop=loop
+            return Connection(
+                self.watch,
+                application=self.app,
+                config=self._settings,
+                server_state=self._state,
+                app_state={},
+                _loop=loop,
             )
 
+        more: dict[str, Any] = {}
+        if self._tls is not None:
+            # Until a handshake is over there is no connection that the sweep could see.
+            more = {"ssl": self._tls, "ssl_handshake_timeout": config.header_timeout}
         self._tick()
         try:
             self._server = await loop.create_server(
-                connect, host=config.host, port=config.port, ssl=self._tls, backlog=config.backlog
+                connect, host=config.host, port=config.port, backlog=config.backlog, **more
             )
         except OSError as error:
             self._stop_ticking()
@@ -89,12 +103,13 @@ class Server:
         name = self._server.sockets[0].getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         self.url = f"{'https' if self._tls else 'http'}://{host}:{name[1]}"
+        self.watch.start()
         log.info("millpond.server.listening", extra={"url": self.url})
 
     def _tick(self) -> None:
         """The Date header, once a second."""
         date = formatdate(self.context.pond.clock.now_ms() / 1000, usegmt=True).encode()
-        self._state.default_headers = [(b"date", date)]
+        self._state.default_headers = [(b"date", date), NOSNIFF]
         self._date = asyncio.get_running_loop().call_later(1.0, self._tick)
 
     def _stop_ticking(self) -> None:
@@ -134,6 +149,7 @@ class Server:
             connection.transport.abort()
         await self.context.settle()
         await server.wait_closed()
+        self.watch.stop()
         self._stop_ticking()
         log.info("millpond.server.stopped", extra={"url": self.url})
 
