@@ -196,6 +196,11 @@ class Call:
                 return b"".join(parts)
             message = await self.receive()
 
+    def small_body(self) -> bytes | None:
+        """The whole body, if it is small and here already; it may then be read once more by `chunks`. None: it comes
+        piece by piece."""
+        return None
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises Disconnected when the client goes away before its end."""
         while not self._body_over:
@@ -227,6 +232,10 @@ class Call:
             fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
+        await self.whole(body, status, fields)
+
+    async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
+        """The whole answer at once, with exactly these headers, the length among them."""
         await self.start(status, fields)
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -90,6 +90,9 @@ class Exchange(Call):
         self._body_over = True
         return body
 
+    def small_body(self) -> bytes | None:
+        return self._body
+
     async def chunks(self) -> AsyncIterator[bytes]:
         if not self._body_over:
             self._body_over = True
@@ -121,8 +124,12 @@ class Exchange(Call):
         await self.whole(body, status, fields)
 
     async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
-        head = self._head(status, fields)
-        await self._write(head + body)
+        data = self._head(status, fields) + body
+        connection = self._connection
+        if connection.flow.write_paused:
+            await self._write(data)
+        elif not self.disconnected:
+            connection.transport.write(data)
         self._finish()
 
     async def start(self, status: int, fields: list[Header]) -> None:
