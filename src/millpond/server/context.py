@@ -179,7 +179,7 @@ class Call:
             self._body_over = True
             whole: bytes = message.get("body", b"")
             if len(whole) > most:
-                raise _too_large(most)
+                raise too_large(most)
             return whole
         parts: list[bytes] = []
         size = 0
@@ -189,7 +189,7 @@ class Call:
             part = message.get("body", b"")
             size += len(part)
             if size > most:
-                raise _too_large(most)
+                raise too_large(most)
             parts.append(part)
             if not message.get("more_body", False):
                 self._body_over = True
@@ -260,7 +260,8 @@ Handler = Callable[[Call], Awaitable[None]]
 """What answers a request. Errors are raised, not answered: `millpond.server.app` makes bodies of them."""
 
 
-def _too_large(limit: int) -> Refusal:
+def too_large(limit: int) -> Refusal:
+    """A body has more bytes than that."""
     return Refusal(
         400, "invalid_body", f"the body is larger than {limit} bytes; send less at once, or stream a payload"
     )

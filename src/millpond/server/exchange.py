@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header
+from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header, too_large
 from millpond.wire import headers
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Exchange(Call):
     )
 
     def __init__(self, connection: FastProtocol, app: App, scope: AsgiScope, *, keep_alive: bool) -> None:
-        super().__init__(app.context, scope, self._receive, self._send)
+        super().__init__(app.context, scope, _no_receive, _no_send)
         self._connection = connection
         self._body = b""
         self._chunked = False
@@ -85,8 +85,9 @@ class Exchange(Call):
 
     async def body(self, limit: int | None = None) -> bytes:
         body = self._body
-        if len(body) > (self.context.config.max_body_bytes if limit is None else limit):
-            return await super().body(limit)  # which knows how to refuse it
+        most = self.context.config.max_body_bytes if limit is None else limit
+        if len(body) > most:
+            raise too_large(most)
         self._body_over = True
         return body
 
@@ -102,12 +103,6 @@ class Exchange(Call):
     async def gone(self) -> None:
         while not self.disconnected:
             await self.message_event.wait()
-
-    async def _receive(self) -> Any:
-        if not self._body_over:
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        await self.gone()
-        return {"type": "http.disconnect"}
 
     # What is answered
 
@@ -190,8 +185,16 @@ class Exchange(Call):
             self._connection.transport.close()
         self._connection.on_response_complete()
 
-    async def _send(self, message: Any) -> None:
-        raise RuntimeError("a hot route answers by its call")  # nobody asks for it
+
+# Not methods: a request that holds methods of its own goes in a circle, and is left to the collector of garbage.
+
+
+async def _no_receive() -> Any:
+    raise RuntimeError("a hot route reads its body by its call")
+
+
+async def _no_send(message: Any) -> None:
+    raise RuntimeError("a hot route answers by its call")
 
 
 class FastProtocol(HttpToolsProtocol):
