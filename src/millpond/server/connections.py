@@ -1,4 +1,4 @@
-"""One connection: uvicorn's protocol, with limits on what a client may send, hold open and keep waiting.
+"""One connection: `FastProtocol` with limits on what a client may send, hold open and keep waiting.
 
 What uvicorn leaves open, and is closed here: how long a head may take and how large it may be, a body that trickles,
 trailers without end, clients that do not read their answer, too many connections, of one address or in all.
@@ -15,11 +15,13 @@ from collections import Counter
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from millpond.model.clock import Clock, TimerHandle
 from millpond.server.auth import PEER, Identity, certificate_identity, serial_number
 from millpond.server.config import ServerConfig
+from millpond.server.context import AsgiScope
+from millpond.server.exchange import Exchange, FastProtocol
 from millpond.wire import faults
 from millpond.wire.faults import Fault
 
@@ -92,7 +94,7 @@ class Watch:
         return None
 
 
-class Connection(HttpToolsProtocol):
+class Connection(FastProtocol):
     """A connection to a client."""
 
     def __init__(self, watch: Watch, **rest: Any) -> None:
@@ -194,9 +196,13 @@ class Connection(HttpToolsProtocol):
             self._head_too_large()
             return
         self._stage, self._since, self._body, self._quiet = BODY, self._watch.tick, 0, 0
-        if self._peer is not None:
-            self.scope[PEER] = self._peer  # type: ignore[literal-required]
         super().on_headers_complete()
+
+    def scope_of_request(self) -> AsgiScope:
+        scope = super().scope_of_request()
+        if self._peer is not None:
+            scope[PEER] = self._peer
+        return scope
 
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -256,7 +262,7 @@ class Connection(HttpToolsProtocol):
             return
         self._watch.refused[code] += 1
         log.info("millpond.server.refused", extra={"client": self._address, "reason": code})
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -316,7 +322,7 @@ class Connection(HttpToolsProtocol):
 
     def _waits_for_us(self) -> bool:
         """It is not the client's fault that nothing comes."""
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
         if self.flow.read_paused:
             return True
         if cycle is None or cycle.response_complete:

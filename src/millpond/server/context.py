@@ -202,7 +202,7 @@ class Call:
             self._body_over = True
             whole: bytes = message.get("body", b"")
             if len(whole) > most:
-                raise _too_large(most)
+                raise too_large(most)
             return whole
         parts: list[bytes] = []
         size = 0
@@ -212,12 +212,17 @@ class Call:
             part = message.get("body", b"")
             size += len(part)
             if size > most:
-                raise _too_large(most)
+                raise too_large(most)
             parts.append(part)
             if not message.get("more_body", False):
                 self._body_over = True
                 return b"".join(parts)
             message = await self.receive()
+
+    def small_body(self) -> bytes | None:
+        """The whole body, if it is small and here already; it may then be read once more by `chunks`. None: it comes
+        piece by piece."""
+        return None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises Disconnected when the client goes away before its end."""
@@ -250,6 +255,10 @@ class Call:
             fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
+        await self.whole(body, status, fields)
+
+    async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
+        """The whole answer at once, with exactly these headers, the length among them."""
         await self.start(status, fields)
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -274,7 +283,8 @@ Handler = Callable[[Call], Awaitable[None]]
 """What answers a request. Errors are raised, not answered: `millpond.server.app` makes bodies of them."""
 
 
-def _too_large(limit: int) -> Refusal:
+def too_large(limit: int) -> Refusal:
+    """A body has more bytes than that."""
     return Refusal(
         400, "invalid_body", f"the body is larger than {limit} bytes; send less at once, or stream a payload"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 import msgspec
@@ -25,7 +25,18 @@ from millpond.service.config import DEFAULT_OPTIONS, MAX_SECONDS, EnqueueOptions
 from millpond.service.consuming import Delivery
 from millpond.wire import headers, lockd
 from millpond.wire.faults import Refusal
-from millpond.wire.multipart import Begin, Close, Data, End, Event, MultipartError, Parser, boundary_of
+from millpond.wire.multipart import (
+    Begin,
+    Close,
+    Data,
+    End,
+    Event,
+    MultipartError,
+    Parser,
+    boundary_of,
+    pair,
+    plain_boundary,
+)
 
 _ack = lockd.Reader(lockd.Ack)
 _nack = lockd.Reader(lockd.Nack)
@@ -53,9 +64,9 @@ def hot() -> Mapping[str, Handler]:
 
 
 def _as_lockd(handler: Handler) -> Handler:
-    async def handle(call: Call) -> None:
+    def handle(call: Call) -> Awaitable[None]:
         call.style = "lockd"
-        await handler(call)
+        return handler(call)
 
     return handle
 
@@ -137,13 +148,24 @@ async def enqueue(call: Call) -> None:
     context = call.context
     await context.gate.admit("producer")
     kind = call.header(b"content-type")
-    boundary = None if kind is None else boundary_of(kind.decode("latin-1"))
+    boundary = None if kind is None else plain_boundary(kind) or boundary_of(kind.decode("latin-1"))
     if boundary is None:
         raise Refusal(
             400, "invalid_content_type", "an enqueue is multipart/related or multipart/form-data, with a boundary"
         )
-    upload = Upload(call, boundary, context.config.max_meta_bytes)
-    raw = await upload.meta()
+    small = call.small_body()
+    both = None if small is None else pair(small, boundary)
+    upload: Upload | None = None
+    raw: bytes | None
+    payload: Any
+    if both is not None and len(both[0]) <= context.config.max_meta_bytes:
+        raw, payload = both
+    else:
+        upload = Upload(call, boundary, context.config.max_meta_bytes)
+        raw = await upload.meta()
+        payload = upload.at_hand()
+        if payload is None:
+            payload = upload.payload()
     try:
         meta = lockd.EnqueueMeta() if raw is None else _meta.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -154,11 +176,8 @@ async def enqueue(call: Call) -> None:
     given = headers.correlation_id(meta.correlation_id) or headers.correlation_id(call.header(headers.CORRELATION))
     options = _options(meta, given)
     service = context.pond.service
-    payload: Any = upload.at_hand()
-    if payload is None:
-        payload = upload.payload()
     receipt = await service.enqueue(*key, payload, options)
-    size = upload.size
+    size = len(payload) if upload is None else upload.size
     defaults = service.defaults_at_hand(key) or await service.defaults(key)
     max_attempts = defaults.max_attempts if options.max_attempts is None else options.max_attempts
     visibility = defaults.visibility if options.visibility is None else round(options.visibility * 1000)

@@ -79,7 +79,14 @@ class Server:
         from millpond.server.connections import Connection
 
         def connect() -> asyncio.Protocol:
-            return Connection(self.watch, config=self._settings, server_state=self._state, app_state={}, _loop=loop)
+            return Connection(
+                self.watch,
+                application=self.app,
+                config=self._settings,
+                server_state=self._state,
+                app_state={},
+                _loop=loop,
+            )
 
         more: dict[str, Any] = {}
         if self._tls is not None:

@@ -64,7 +64,9 @@ async def enqueue(url: str, queue: str, headers: Mapping[str, str] | None = None
 
 
 async def ask(url: str, path: str, headers: Mapping[str, str] | None = None, **body: Any) -> Answer:
-    return await request(url, "POST", path, json.dumps(body).encode(), headers)
+    return await request(
+        url, "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+    )
 
 
 def code(answer: Answer) -> tuple[int, str]:
@@ -132,6 +134,19 @@ async def test_a_change_of_the_tokens_is_seen_and_written_down(tmp_path: Path) -
     assert entry["action"] == "tokens.changed"
     assert [name.split()[1] for name in (*entry["added"], *entry["removed"])] == ["new", "old"]
     assert after["Authorization"].split("_", 2)[2] not in audit.read_text()
+
+
+async def test_requests_that_name_no_namespace_are_of_the_servers_own_by_every_route(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    headers = make_tokens(path, team="*:team/*", default="*:default/*")
+    async with serving(auth_tokens=str(path), namespace="team") as service:
+        url = service.server.url
+        batch = {"queue": "q", "messages": [{"payload": "eA=="}]}
+        for name, status in (("team", 200), ("default", 403)):
+            assert (await enqueue(url, "q", headers[name])).status == status
+            assert (await ask(url, "/v1/queue/enqueueBatch", headers[name], **batch)).status == status
+            assert (await ask(url, "/v1/queue/purge", headers[name], queue="other")).status == status
+        assert [tuple(name) for name in await pond_of(service).queues()] == [("team", "q")]
 
 
 async def test_a_browser_is_no_client_of_a_server_that_asks_for_nothing() -> None:
