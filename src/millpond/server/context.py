@@ -8,6 +8,7 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from millpond.pond import Pond
+from millpond.server.audit import Audit, Who
 from millpond.server.auth import ANONYMOUS, Authority, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
 from millpond.server.gate import LoadGate, store_load
@@ -15,6 +16,8 @@ from millpond.server.held import Held
 from millpond.server.limits import Gate
 from millpond.server.metrics import Metrics, NoMetrics
 from millpond.server.outstanding import Streams
+from millpond.server.quota import Quota
+from millpond.server.tracing import Tracing
 from millpond.server.watches import Watches
 from millpond.wire import headers
 from millpond.wire.faults import Refusal
@@ -47,12 +50,17 @@ class Context:
         authority: Authority | None = None,
         gate: Gate | None = None,
         metrics: Metrics | None = None,
+        audit: Audit | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.pond = pond
         self.config = config or ServerConfig()
         self.authority: Authority = authority or OpenAuthority()
         self.gate: Gate = gate or LoadGate(pond.clock, lambda: store_load(pond.store))
         self.metrics: Metrics = metrics or NoMetrics()
+        self.audit = audit or Audit(pond.clock)
+        self.tracing = tracing
+        self.quota = Quota(pond, self.config.max_queues_per_namespace)
         self.held = Held()
         self.streams = Streams(pond)
         self.held.answered = self.streams.answered
@@ -174,6 +182,17 @@ class Call:
         """Return if the caller may do this. Raises Forbidden, Unauthorized."""
         self.context.authority.authorise(self.identity, scope, namespace, queue)
 
+    @property
+    def address(self) -> str:
+        """The client's."""
+        client = self.scope.get("client")
+        return client[0] if client else ""
+
+    def audit(self, action: str, namespace: str | None, queue: str | None, **fields: Any) -> None:
+        """Write down that the caller did something that cannot be undone."""
+        who = Who(self.identity, self.address, self.correlation_id)
+        self.context.audit.note(action, who, namespace=namespace, queue=queue, **fields)
+
     async def body(self, limit: int | None = None) -> bytes:
         """The whole body. Raises Refusal ``invalid_body`` when it is larger than ``limit`` bytes (None: the server's
         `max_body_bytes`), Disconnected."""
@@ -183,7 +202,7 @@ class Call:
             self._body_over = True
             whole: bytes = message.get("body", b"")
             if len(whole) > most:
-                raise _too_large(most)
+                raise too_large(most)
             return whole
         parts: list[bytes] = []
         size = 0
@@ -193,12 +212,17 @@ class Call:
             part = message.get("body", b"")
             size += len(part)
             if size > most:
-                raise _too_large(most)
+                raise too_large(most)
             parts.append(part)
             if not message.get("more_body", False):
                 self._body_over = True
                 return b"".join(parts)
             message = await self.receive()
+
+    def small_body(self) -> bytes | None:
+        """The whole body, if it is small and here already; it may then be read once more by `chunks`. None: it comes
+        piece by piece."""
+        return None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises Disconnected when the client goes away before its end."""
@@ -231,6 +255,10 @@ class Call:
             fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
+        await self.whole(body, status, fields)
+
+    async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
+        """The whole answer at once, with exactly these headers, the length among them."""
         await self.start(status, fields)
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -255,7 +283,8 @@ Handler = Callable[[Call], Awaitable[None]]
 """What answers a request. Errors are raised, not answered: `millpond.server.app` makes bodies of them."""
 
 
-def _too_large(limit: int) -> Refusal:
+def too_large(limit: int) -> Refusal:
+    """A body has more bytes than that."""
     return Refusal(
         400, "invalid_body", f"the body is larger than {limit} bytes; send less at once, or stream a payload"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 import msgspec
@@ -25,7 +25,18 @@ from millpond.service.config import DEFAULT_OPTIONS, MAX_SECONDS, EnqueueOptions
 from millpond.service.consuming import Delivery
 from millpond.wire import headers, lockd
 from millpond.wire.faults import Refusal
-from millpond.wire.multipart import Begin, Close, Data, End, Event, MultipartError, Parser, boundary_of
+from millpond.wire.multipart import (
+    Begin,
+    Close,
+    Data,
+    End,
+    Event,
+    MultipartError,
+    Parser,
+    boundary_of,
+    pair,
+    plain_boundary,
+)
 
 _ack = lockd.Reader(lockd.Ack)
 _nack = lockd.Reader(lockd.Nack)
@@ -53,9 +64,9 @@ def hot() -> Mapping[str, Handler]:
 
 
 def _as_lockd(handler: Handler) -> Handler:
-    async def handle(call: Call) -> None:
+    def handle(call: Call) -> Awaitable[None]:
         call.style = "lockd"
-        await handler(call)
+        return handler(call)
 
     return handle
 
@@ -137,27 +148,36 @@ async def enqueue(call: Call) -> None:
     context = call.context
     await context.gate.admit("producer")
     kind = call.header(b"content-type")
-    boundary = None if kind is None else boundary_of(kind.decode("latin-1"))
+    boundary = None if kind is None else plain_boundary(kind) or boundary_of(kind.decode("latin-1"))
     if boundary is None:
         raise Refusal(
             400, "invalid_content_type", "an enqueue is multipart/related or multipart/form-data, with a boundary"
         )
-    upload = Upload(call, boundary, context.config.max_meta_bytes)
-    raw = await upload.meta()
+    small = call.small_body()
+    both = None if small is None else pair(small, boundary)
+    upload: Upload | None = None
+    raw: bytes | None
+    payload: Any
+    if both is not None and len(both[0]) <= context.config.max_meta_bytes:
+        raw, payload = both
+    else:
+        upload = Upload(call, boundary, context.config.max_meta_bytes)
+        raw = await upload.meta()
+        payload = upload.at_hand()
+        if payload is None:
+            payload = upload.payload()
     try:
         meta = lockd.EnqueueMeta() if raw is None else _meta.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, "invalid_body", f"the meta part: {error}") from error
     key = place(call, meta.namespace.strip(), meta.queue.strip() or call.query.get("queue", ""))
     call.authorise("write", *key)
+    await context.quota.admit(*key)
     given = headers.correlation_id(meta.correlation_id) or headers.correlation_id(call.header(headers.CORRELATION))
     options = _options(meta, given)
     service = context.pond.service
-    payload: Any = upload.at_hand()
-    if payload is None:
-        payload = upload.payload()
     receipt = await service.enqueue(*key, payload, options)
-    size = upload.size
+    size = len(payload) if upload is None else upload.size
     defaults = service.defaults_at_hand(key) or await service.defaults(key)
     max_attempts = defaults.max_attempts if options.max_attempts is None else options.max_attempts
     visibility = defaults.visibility if options.visibility is None else round(options.visibility * 1000)
@@ -249,7 +269,6 @@ async def dequeue(call: Call, *, stateful: bool) -> None:
 async def _held(call: Call, request: lockd.Answer, *, etag_needed: bool) -> Delivery:
     """The delivery that the answer is for. Raises Refusal, in lockd's order of checks."""
     context = call.context
-    await context.gate.admit("answer")
     if not (request.queue.strip() and request.message_id.strip() and request.lease_id.strip()):
         raise Refusal(400, "missing_fields", "queue, message_id and lease_id are needed")
     meta_etag = request.meta_etag.strip()
@@ -310,6 +329,7 @@ async def _missing_or_lost(call: Call, delivery: Delivery, error: LeaseLost) -> 
 
 async def ack(call: Call) -> None:
     """Removes a message that is done."""
+    await call.context.gate.admit("answer")
     request: lockd.Ack = await read(call, _ack)
     delivery = await _held(call, request, etag_needed=False)
     if request.state_etag.strip() and request.state_etag.strip() != lockd.state_etag(delivery.id):
@@ -324,6 +344,7 @@ async def ack(call: Call) -> None:
 
 async def nack(call: Call) -> None:
     """Gives a message back, with a failure or (``defer``) without."""
+    await call.context.gate.admit("answer")
     request: lockd.Nack = await read(call, _nack)
     intent = request.intent.strip().lower() or "failure"
     if intent not in {"failure", "defer"}:
@@ -348,6 +369,7 @@ async def nack(call: Call) -> None:
 
 async def extend(call: Call) -> None:
     """Renews a lease."""
+    await call.context.gate.admit("answer")
     request: lockd.Extend = await read(call, _extend)
     delivery = await _held(call, request, etag_needed=True)
     record = delivery.record
@@ -379,6 +401,7 @@ async def extend(call: Call) -> None:
 
 async def stats(call: Call) -> None:
     """How the queue stands, without a change to it."""
+    await call.context.gate.admit("other")
     request: lockd.Named = await read(call, _stats)
     query = call.query
     written = request.queue.strip() or query.get("queue", "").strip()

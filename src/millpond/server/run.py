@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("millpond.server")
 
 EXTRA = "the server needs more packages: pip install 'millpond[server]'"
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+"""No browser is to take an answer for a page."""
 DRAIN_LOOK = 0.05
 """Seconds between looks whether the last connection has ended."""
 
@@ -43,6 +45,7 @@ class Server:
         except ModuleNotFoundError as error:
             raise StoreError(f"{EXTRA} ({error.name} is missing)") from error
         from millpond.server.app import App
+        from millpond.server.connections import Watch
 
         self.context = context
         self.app: App = App(context)
@@ -62,6 +65,8 @@ class Server:
         self._settings.load()
         logging.getLogger("uvicorn.error").addFilter(_foreseen)
         self._state = ServerState()
+        self.watch = Watch(config, context.pond.clock)
+        """Limits of the connections, and the sweep that holds them to it."""
         self._server: asyncio.Server | None = None
         self._date: asyncio.TimerHandle | None = None
         self.url = ""
@@ -71,16 +76,26 @@ class Server:
         """Listen. Raises OSError, in words, when the address cannot be had."""
         config = self.context.config
         loop = asyncio.get_running_loop()
-        protocol: Any = self._settings.http_protocol_class
+        from millpond.server.connections import Connection
 
         def connect() -> asyncio.Protocol:
-            made: asyncio.Protocol = protocol(config=self._settings, server_state=self._state, app_state={}, _loop=loop)
-            return made
+            return Connection(
+                self.watch,
+                application=self.app,
+                config=self._settings,
+                server_state=self._state,
+                app_state={},
+                _loop=loop,
+            )
 
+        more: dict[str, Any] = {}
+        if self._tls is not None:
+            # Until a handshake is over there is no connection that the sweep could see.
+            more = {"ssl": self._tls, "ssl_handshake_timeout": config.header_timeout}
         self._tick()
         try:
             self._server = await loop.create_server(
-                connect, host=config.host, port=config.port, ssl=self._tls, backlog=config.backlog
+                connect, host=config.host, port=config.port, backlog=config.backlog, **more
             )
         except OSError as error:
             self._stop_ticking()
@@ -88,12 +103,13 @@ class Server:
         name = self._server.sockets[0].getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         self.url = f"{'https' if self._tls else 'http'}://{host}:{name[1]}"
+        self.watch.start()
         log.info("millpond.server.listening", extra={"url": self.url})
 
     def _tick(self) -> None:
         """The Date header, once a second."""
         date = formatdate(self.context.pond.clock.now_ms() / 1000, usegmt=True).encode()
-        self._state.default_headers = [(b"date", date)]
+        self._state.default_headers = [(b"date", date), NOSNIFF]
         self._date = asyncio.get_running_loop().call_later(1.0, self._tick)
 
     def _stop_ticking(self) -> None:
@@ -107,10 +123,15 @@ class Server:
         return len(self._state.connections)
 
     async def drain(self) -> None:
-        """Hand out nothing more; return when all connections are closed, or after `drain_grace` seconds."""
+        """Hand out nothing more; return when nothing is under way and nobody holds a message of this server, or after
+        `drain_grace` seconds."""
         self.context.begin_drain()
         log.info("millpond.server.draining", extra={"connections": self.connections})
-        await self._until_idle(self.context.config.drain_grace, lambda: not self._state.connections)
+
+        def idle() -> bool:
+            return not self._state.connections or not (self._state.tasks or self.context.held)
+
+        await self._until_idle(self.context.config.drain_grace, idle)
 
     async def stop(self) -> None:
         """Refuse new connections, let what is under way finish for `shutdown_timeout` seconds, cut off the rest. Safe
@@ -133,8 +154,26 @@ class Server:
             connection.transport.abort()
         await self.context.settle()
         await server.wait_closed()
+        self.watch.stop()
         self._stop_ticking()
         log.info("millpond.server.stopped", extra={"url": self.url})
+
+    def end_gently(self) -> None:
+        """Close the connections that are idle, and the others after their answer."""
+        for connection in list(self._state.connections):
+            connection.shutdown()
+
+    def abort(self) -> None:
+        """Cut off everything that is under way, at once."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in list(self._state.tasks):
+            task.cancel()
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        self.watch.stop()
+        self._stop_ticking()
 
     @staticmethod
     async def _until_idle(seconds: float, idle: Callable[[], bool]) -> bool:

@@ -8,6 +8,7 @@ of a delimiter; with the delimiter there it need not, so that no message waits f
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Final, NamedTuple
 
@@ -92,6 +93,54 @@ def boundary_of(content_type: str) -> bytes | None:
     if not kind.startswith("multipart/") or _BOUNDARY.fullmatch(boundary) is None:
         return None
     return boundary.encode()
+
+
+_PLAIN_TYPE = re.compile(rb"multipart/(?:related|form-data|mixed); boundary=([0-9A-Za-z'()+_,./:=?-]{1,70})")
+
+
+def plain_boundary(content_type: bytes) -> bytes | None:
+    """The boundary in a Content-Type as nearly all clients write it; None: ask `boundary_of`."""
+    found = _PLAIN_TYPE.fullmatch(content_type)
+    return None if found is None else found.group(1)
+
+
+MAX_PLAIN_HEADERS = 256
+"""Bytes of a part's headers that are remembered; hundreds of them, no more."""
+
+
+@functools.lru_cache(maxsize=256)
+def _part_name(block: bytes) -> str | None:
+    """The name of the part that has these headers, which are always the same ones. Raises MultipartError."""
+    return Begin(_parsed(block)).name
+
+
+def pair(body: bytes, boundary: bytes) -> tuple[bytes, bytes] | None:
+    """Meta and payload of a whole body, if it consists of just these two parts, in this order, framed in the usual way;
+    None when it does not, or may not: then let a `Parser` see. Never another answer than the parser's."""
+    first = b"--" + boundary + b"\r\n"
+    delimiter = b"\r\n--" + boundary
+    if not body.startswith(first):
+        return None
+    begin = len(first)
+    end = body.find(b"\r\n\r\n", begin, begin + MAX_PLAIN_HEADERS)
+    if end < 0:
+        return None
+    meta_end = body.find(delimiter, end + 4)
+    at = meta_end + len(delimiter)
+    if meta_end < 0 or body[at : at + 2] != b"\r\n":
+        return None
+    last = body.find(b"\r\n\r\n", at, at + 2 + MAX_PLAIN_HEADERS)
+    if last < 0:
+        return None
+    payload_end = body.find(delimiter, last + 4)
+    if payload_end < 0 or body[payload_end + len(delimiter) :] not in {b"--\r\n", b"--"}:
+        return None
+    try:
+        if _part_name(body[begin:end]) != "meta" or _part_name(body[at + 2 : last]) != "payload":
+            return None
+    except MultipartError:
+        return None  # the parser says it better
+    return body[end + 4 : meta_end], body[last + 4 : payload_end]
 
 
 class Parser:

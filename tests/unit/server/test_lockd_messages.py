@@ -403,7 +403,7 @@ async def test_an_extension_by_another_process_is_known_here() -> None:
         await client.enqueue("q", b"")
         [delivery] = await client.dequeue("q")
         message = delivery.message
-        other = testing.pond(store=store, clock=clock, seed=1)
+        other = testing.pond(store=store.share(), clock=clock, seed=1)
         handle = other.queue("q").handle(message["message_id"], message["lease_id"], message["fencing_token"])
         lease = await handle.extend(100)
         assert lease.until_ms is not None
@@ -456,7 +456,7 @@ async def test_an_answer_that_this_process_has_forgotten_is_as_good() -> None:
     async with serving() as client:
         await client.enqueue("q", b"", correlation="c")
         [delivery] = await client.dequeue("q")
-        client.context.held.drop(delivery.message["message_id"])
+        client.context.held._held.pop(delivery.message["message_id"])
         body = json.loads((await client.post("/v1/queue/extend", delivery.answer(extend_by_seconds=5))).body)
         assert body["correlation_id"] == "c"
         await client.ack(delivery)
