@@ -196,6 +196,7 @@ class Lane:
         self._headers = " HTTP/1.1\r\n" + "\r\n".join(lines)
         self._heads: dict[str, bytes] = {}
         self._idle: deque[Connection] = deque()
+        self._used: set[Connection] = set()
         self._closed = False
 
     def request(self, path: str, body: bytes) -> bytes:
@@ -212,6 +213,7 @@ class Lane:
         while self._idle:
             kept = self._idle.pop()
             if kept.keep and now - kept.idle_since < IDLE:
+                self._used.add(kept)
                 return kept
             kept.abort()
         try:
@@ -228,10 +230,12 @@ class Lane:
         if self._closed:
             made.abort()
             raise ConnectionAbortedError("the pond was closed")
+        self._used.add(made)
         return made
 
     def put_back(self, connection: Connection) -> None:
         """Keep it for the next call, if it is good."""
+        self._used.discard(connection)
         if connection.keep and not self._closed and len(self._idle) < MOST_IDLE:
             connection.idle_since = asyncio.get_running_loop().time()
             self._idle.append(connection)
@@ -239,7 +243,9 @@ class Lane:
             connection.abort()
 
     def close(self) -> None:
-        """End the connections that wait for a call."""
+        """End all connections, and the calls on them."""
         self._closed = True
+        for connection in list(self._used):
+            connection.abort()
         while self._idle:
             self._idle.pop().abort()

@@ -106,8 +106,8 @@ class Fake:
                 lines += [f"{name.replace('_', '-')}: {value}" for name, value in said.headers.items()]
                 writer.write("\r\n".join([*lines, "", ""]).encode() + said.body)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client went away
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError, asyncio.CancelledError):
+            pass  # the client went away, or the test is over
         finally:
             self.open -= 1
             self._writers.discard(writer)
