@@ -391,6 +391,10 @@ class PondCalls:
     config: Config
     clock: Clock
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do, for those who plan around it."""
+
     def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
 
