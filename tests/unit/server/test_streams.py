@@ -138,12 +138,11 @@ async def test_what_a_vanished_client_had_is_given_back_at_once() -> None:
 
 
 async def test_several_streams_share_a_queue() -> None:
-    wishes: dict[str, Any] = {"credit": 2}
     async with (
         testing.pond() as pond,
         running(pond) as url,
-        Stream(url, **wishes) as one,
-        Stream(url, **wishes) as two,
+        Stream(url, credit=2) as one,
+        Stream(url, credit=2) as two,
     ):
         await until(lambda: pond.dispatcher.queue_stats(None, "q").waiting_consumers == 2)
         await pond.queue("q").enqueue_many([b"1", b"2", b"3", b"4"])
