@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millpond.errors import MillpondError, StoreClosed, StoreError
-from millpond.server import lockd_routes, native_routes
+from millpond.server import lockd_routes, logs, native_routes
 from millpond.server.context import AsgiScope, Call, Context, CutOff, Disconnected, Handler, Receive, Send
+from millpond.server.metrics import ServerMetrics
 from millpond.wire import faults, headers
 from millpond.wire.faults import Refusal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
 log = logging.getLogger("millpond.server")
+access_log = logging.getLogger("millpond.access")
 
 READY_CHECK = ("health", "ready")
 """The queue by whose policy `/readyz` finds out whether the store can be reached; a read of something that is not there
@@ -34,14 +36,18 @@ class App:
         from starlette.routing import Route, Router
 
         self.context = context
-        self.hot: dict[str, Handler] = {**lockd_routes.hot(), **native_routes.hot()}
+        self._lockd = lockd_routes.hot()
+        self.hot: dict[str, Handler] = {**self._lockd, **native_routes.hot()}
         self.quick = {path.encode(): (path, handler) for path, handler in self.hot.items()}
         """The same by the bytes of a request's first line."""
         self.routes: list[BaseRoute] = [
             Route("/healthz", _asgi(healthz), methods=["GET", "POST"]),
             Route("/readyz", _asgi(readyz), methods=["GET", "POST"]),
+            Route("/metrics", _asgi(metrics), methods=["GET"]),
             *(Route(path, _asgi(handler), methods=["POST"]) for path, handler in native_routes.routes().items()),
         ]
+        self.paths = frozenset([*self.hot, *(route.path for route in self.routes if isinstance(route, Route))])
+        """Those that there is something at."""
         self._rest = Router(self.routes, redirect_slashes=False, default=_unknown)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
@@ -53,8 +59,18 @@ class App:
     async def run(self, call: Call, handler: Handler | None) -> None:
         """Answer a request: by its handler, or where it is none of the hot ones through Starlette. Raises CutOff when
         it went wrong after the answer had begun."""
+        logs.current.set(call)
+        if self.context.tracing is None:
+            await self._answer(call, handler)
+        else:
+            with self.context.tracing.request(call.scope["headers"]):
+                await self._answer(call, handler)
+
+    async def _answer(self, call: Call, handler: Handler | None) -> None:
         metrics = self.context.metrics
-        began = self.context.pond.clock.monotonic() if metrics.timed else 0.0
+        access = self.context.config.log_access
+        timed = metrics.timed or access
+        began = self.context.pond.clock.monotonic() if timed else 0.0
         try:
             if handler is not None:
                 call.identity = self.context.authority.identify(call.scope)
@@ -66,9 +82,30 @@ class App:
         except Disconnected:
             call.status = 499  # nobody is told; in metrics it is what nginx calls it
         except Exception as error:
+            if call.route in self._lockd:
+                call.style = "lockd"
             await respond_error(call, error)
-        if metrics.timed:
-            metrics.request(call.route, call.status, self.context.pond.clock.monotonic() - began)
+        finally:
+            if timed:
+                seconds = self.context.pond.clock.monotonic() - began
+                metrics.request(call.route, call.status, seconds)
+                if access:
+                    _log_access(call, seconds)
+
+
+def _log_access(call: Call, seconds: float) -> None:
+    access_log.info(
+        "millpond.server.request",
+        extra={
+            "client": call.address,
+            "identity": call.identity.name,
+            "method": call.method,
+            "route": call.route,
+            "status": call.status,
+            "seconds": round(seconds, 6),
+            "correlation_id": call.correlation_id,
+        },
+    )
 
 
 def _asgi(handler: Handler) -> Any:
@@ -100,8 +137,21 @@ async def readyz(call: Call) -> None:
     await call.answer(b"", content_type=None)
 
 
-OPEN: frozenset[Handler] = frozenset({healthz, readyz})
-"""Handlers that everybody may call, token or not."""
+async def metrics(call: Call) -> None:
+    """The server's figures, for Prometheus."""
+    context = call.context
+    if not isinstance(context.metrics, ServerMetrics):
+        raise Refusal(404, "unknown_route", "this server serves no metrics")
+    if not context.config.metrics_public:
+        call.identity = context.authority.identify(call.scope)
+        call.authorise("read")
+    accept = call.header(b"accept")
+    body, kind = await context.metrics.expose(None if accept is None else accept.decode("latin-1"))
+    await call.answer(body, content_type=(b"content-type", kind.encode()))
+
+
+OPEN: frozenset[Handler] = frozenset({healthz, readyz, metrics})
+"""Handlers that everybody may call, token or not; the last one sees to that by itself."""
 
 
 async def respond_error(call: Call, error: Exception) -> None:

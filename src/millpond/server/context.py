@@ -8,11 +8,14 @@ from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 from millpond.pond import Pond
+from millpond.server.audit import Audit, Who
 from millpond.server.auth import ANONYMOUS, Authority, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
 from millpond.server.held import Held
 from millpond.server.limits import Gate, OpenGate
 from millpond.server.metrics import Metrics, NoMetrics
+from millpond.server.quota import Quota
+from millpond.server.tracing import Tracing
 from millpond.server.watches import Watches
 from millpond.wire import headers
 from millpond.wire.faults import Refusal
@@ -45,12 +48,17 @@ class Context:
         authority: Authority | None = None,
         gate: Gate | None = None,
         metrics: Metrics | None = None,
+        audit: Audit | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.pond = pond
         self.config = config or ServerConfig()
         self.authority: Authority = authority or OpenAuthority()
         self.gate: Gate = gate or OpenGate()
         self.metrics: Metrics = metrics or NoMetrics()
+        self.audit = audit or Audit(pond.clock)
+        self.tracing = tracing
+        self.quota = Quota(pond, self.config.max_queues_per_namespace)
         self.held = Held()
         self.watches = Watches(pond)
         self.draining = False
@@ -170,6 +178,17 @@ class Call:
         """Return if the caller may do this. Raises Forbidden, Unauthorized."""
         self.context.authority.authorise(self.identity, scope, namespace, queue)
 
+    @property
+    def address(self) -> str:
+        """The client's."""
+        client = self.scope.get("client")
+        return client[0] if client else ""
+
+    def audit(self, action: str, namespace: str | None, queue: str | None, **fields: Any) -> None:
+        """Write down that the caller did something that cannot be undone."""
+        who = Who(self.identity, self.address, self.correlation_id)
+        self.context.audit.note(action, who, namespace=namespace, queue=queue, **fields)
+
     async def body(self, limit: int | None = None) -> bytes:
         """The whole body. Raises Refusal ``invalid_body`` when it is larger than ``limit`` bytes (None: the server's
         `max_body_bytes`), Disconnected."""
@@ -196,13 +215,23 @@ class Call:
                 return b"".join(parts)
             message = await self.receive()
 
-    def small_body(self) -> bytes | None:
-        """The whole body, if it is small and here already; it may then be read once more by `chunks`. None: it comes
-        piece by piece."""
-        return None
+    async def first(self) -> bytes:
+        """What has come of the body by now, or the first of it; `complete` then says whether that is all. Raises
+        Disconnected."""
+        message = await self.receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        self._body_over = not message.get("more_body", False)
+        data: bytes = message.get("body", b"")
+        return data
+
+    @property
+    def complete(self) -> bool:
+        """The whole body was read."""
+        return self._body_over
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes. Raises Disconnected when the client goes away before its end."""
+        """The body as it comes, after what `first` gave. Raises Disconnected when the client goes before its end."""
         while not self._body_over:
             message = await self.receive()
             if message["type"] == "http.disconnect":

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from millpond.errors import InvalidInput, MillpondError
+from millpond.errors import Forbidden, InvalidInput, MillpondError
 from millpond.message import MessageView
 from millpond.model import names
 from millpond.queue import Queue
@@ -207,7 +207,7 @@ async def queues(call: Call, request: native.NamespaceRequest) -> native.Queues:
 def _may_read(call: Call, namespace: str, queue: str) -> bool:
     try:
         call.authorise("read", namespace, queue)
-    except Refusal:
+    except (Refusal, Forbidden):
         return False
     return True
 

@@ -123,10 +123,15 @@ class Server:
         return len(self._state.connections)
 
     async def drain(self) -> None:
-        """Hand out nothing more; return when all connections are closed, or after `drain_grace` seconds."""
+        """Hand out nothing more; return when nothing is under way and nobody holds a message of this server, or after
+        `drain_grace` seconds."""
         self.context.begin_drain()
         log.info("millpond.server.draining", extra={"connections": self.connections})
-        await self._until_idle(self.context.config.drain_grace, lambda: not self._state.connections)
+
+        def idle() -> bool:
+            return not self._state.connections or not (self._state.tasks or self.context.held)
+
+        await self._until_idle(self.context.config.drain_grace, idle)
 
     async def stop(self) -> None:
         """Refuse new connections, let what is under way finish for `shutdown_timeout` seconds, cut off the rest. Safe

@@ -62,7 +62,6 @@ INTERNAL = Refusal(500, "internal_error", "the server failed at this; its log sa
 
 LOCKD: dict[str, tuple[int, str]] = {
     "invalid_queue": (400, "invalid_queue"),
-    "invalid_message_id": (404, "not_found"),
     "message_not_found": (404, "not_found"),
     "lease_lost": (409, "queue_message_lease_mismatch"),
     "state_conflict": (409, "etag_mismatch"),

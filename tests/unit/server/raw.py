@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple
@@ -20,7 +21,9 @@ class Answer(NamedTuple):
 class Connection:
     """One connection; ``async with`` it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, receive_buffer: int | None = None) -> None:
+        """``receive_buffer``: bytes that the system takes for a client that does not read."""
+        self._buffer = receive_buffer
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._host, self._port = parts.hostname, parts.port
@@ -28,7 +31,16 @@ class Connection:
         self.left = 0
 
     async def __aenter__(self) -> Connection:
-        self.reader, self.writer = await asyncio.open_connection(self._host, self._port)
+        sock = socket.socket()
+        sock.setblocking(False)
+        if self._buffer is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (self._host, self._port))
+        except OSError:
+            sock.close()
+            raise
+        self.reader, self.writer = await asyncio.open_connection(sock=sock)
         return self
 
     async def __aexit__(

@@ -403,7 +403,7 @@ async def test_an_extension_by_another_process_is_known_here() -> None:
         await client.enqueue("q", b"")
         [delivery] = await client.dequeue("q")
         message = delivery.message
-        other = testing.pond(store=store, clock=clock, seed=1)
+        other = testing.pond(store=store.share(), clock=clock, seed=1)
         handle = other.queue("q").handle(message["message_id"], message["lease_id"], message["fencing_token"])
         lease = await handle.extend(100)
         assert lease.until_ms is not None
