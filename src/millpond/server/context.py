@@ -11,9 +11,11 @@ from millpond.pond import Pond
 from millpond.server.audit import Audit, Who
 from millpond.server.auth import ANONYMOUS, Authority, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
+from millpond.server.gate import LoadGate, store_load
 from millpond.server.held import Held
-from millpond.server.limits import Gate, OpenGate
+from millpond.server.limits import Gate
 from millpond.server.metrics import Metrics, NoMetrics
+from millpond.server.outstanding import Streams
 from millpond.server.quota import Quota
 from millpond.server.tracing import Tracing
 from millpond.server.watches import Watches
@@ -54,12 +56,14 @@ class Context:
         self.pond = pond
         self.config = config or ServerConfig()
         self.authority: Authority = authority or OpenAuthority()
-        self.gate: Gate = gate or OpenGate()
+        self.gate: Gate = gate or LoadGate(pond.clock, lambda: store_load(pond.store))
         self.metrics: Metrics = metrics or NoMetrics()
         self.audit = audit or Audit(pond.clock)
         self.tracing = tracing
         self.quota = Quota(pond, self.config.max_queues_per_namespace)
         self.held = Held()
+        self.streams = Streams(pond)
+        self.held.answered = self.streams.answered
         self.watches = Watches(pond)
         self.draining = False
         self._drain_ends = 0.0
