@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
 log = logging.getLogger("millpond.server")
-access_log = logging.getLogger("millpond.access")
 
 READY_CHECK = ("health", "ready")
 """The queue by whose policy `/readyz` finds out whether the store can be reached; a read of something that is not there
@@ -90,22 +89,7 @@ class App:
                 seconds = self.context.pond.clock.monotonic() - began
                 metrics.request(call.route, call.status, seconds)
                 if access:
-                    _log_access(call, seconds)
-
-
-def _log_access(call: Call, seconds: float) -> None:
-    access_log.info(
-        "millpond.server.request",
-        extra={
-            "client": call.address,
-            "identity": call.identity.name,
-            "method": call.method,
-            "route": call.route,
-            "status": call.status,
-            "seconds": round(seconds, 6),
-            "correlation_id": call.correlation_id,
-        },
-    )
+                    logs.access(call.address, call.identity.name, call.method, call.route, call.status, seconds)
 
 
 def _asgi(handler: Handler) -> Any:

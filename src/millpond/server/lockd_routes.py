@@ -143,6 +143,7 @@ async def enqueue(call: Call) -> None:
         raise Refusal(400, "invalid_body", f"the meta part: {error}") from error
     key = place(call, meta.namespace.strip(), meta.queue.strip() or call.query.get("queue", ""))
     call.authorise("write", *key)
+    await context.quota.admit(*key)
     given = headers.correlation_id(meta.correlation_id) or headers.correlation_id(call.header(headers.CORRELATION))
     options = _options(meta, given)
     service = context.pond.service

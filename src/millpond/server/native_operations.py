@@ -69,6 +69,7 @@ def _results(
 async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> native.Receipts:
     """Enqueue up to 1,000 messages in one commit."""
     await call.context.gate.admit("producer")
+    await call.context.quota.admit(*names.queue_key(request.namespace, request.queue))
     receipts = await call.context.pond.service.enqueue_each(
         request.namespace,
         request.queue,
@@ -152,6 +153,7 @@ async def hand_off(call: Call, request: native.HandOffRequest) -> native.Receipt
     [delivery] = _held(call.context, request, [request.message])
     then = []
     for target in request.then:
+        await call.context.quota.admit(*names.queue_key(target.namespace or delivery.namespace, target.queue))
         options = views.options(target.message)
         if target.message.message_id is not None:
             options = views.with_id(options, target.message.message_id)
@@ -271,9 +273,12 @@ async def policy(call: Call, request: native.PolicyRequest) -> native.PolicyAnsw
         raise InvalidInput("give set or reset, not both")
     if request.reset:
         found = await queue.reset_policy()
+        call.audit("policy.reset", queue.namespace, queue.name)
     elif request.set is not None:
+        await call.context.quota.admit(queue.namespace, queue.name)
         fields: dict[str, Any] = views.policy_fields(request.set)
         found = await queue.set_policy(**fields)
+        call.audit("policy.set", queue.namespace, queue.name, set=fields)
     else:
         found = await queue.policy()
     return native.PolicyAnswer(views.policy(found))
@@ -281,19 +286,27 @@ async def policy(call: Call, request: native.PolicyRequest) -> native.PolicyAnsw
 
 async def pause(call: Call, request: native.QueueRequest) -> native.Done:
     """Hand nothing out until `resume`."""
-    await _queue(call, request).pause()
+    queue = _queue(call, request)
+    await call.context.quota.admit(queue.namespace, queue.name)
+    await queue.pause()
+    call.audit("queue.pause", queue.namespace, queue.name)
     return native.Done()
 
 
 async def resume(call: Call, request: native.QueueRequest) -> native.Done:
     """Hand out again."""
-    await _queue(call, request).resume()
+    queue = _queue(call, request)
+    await queue.resume()
+    call.audit("queue.resume", queue.namespace, queue.name)
     return native.Done()
 
 
 async def purge(call: Call, request: native.QueueRequest) -> native.Purged:
     """Remove every live message that no consumer holds."""
-    return native.Purged(await _queue(call, request).purge())
+    queue = _queue(call, request)
+    count = await queue.purge()
+    call.audit("queue.purge", queue.namespace, queue.name, messages=count)
+    return native.Purged(count)
 
 
 async def notify(call: Call, request: native.QueueRequest) -> native.Done:
@@ -339,9 +352,15 @@ async def dead_letter(call: Call, request: native.MessageRequest) -> native.View
 
 async def redrive(call: Call, request: native.DeadLetterIdsRequest) -> native.Counted:
     """Put dead letters back into their queue with a new budget: those with these ids, or all."""
-    return native.Counted(await _queue(call, request).dead_letters.redrive(request.ids))
+    queue = _queue(call, request)
+    count = await queue.dead_letters.redrive(request.ids)
+    call.audit("dlq.redrive", queue.namespace, queue.name, messages=count, ids=request.ids)
+    return native.Counted(count)
 
 
 async def purge_dead_letters(call: Call, request: native.DeadLetterIdsRequest) -> native.Counted:
     """Remove dead letters for good: those with these ids, or all."""
-    return native.Counted(await _queue(call, request).dead_letters.purge(request.ids))
+    queue = _queue(call, request)
+    count = await queue.dead_letters.purge(request.ids)
+    call.audit("dlq.purge", queue.namespace, queue.name, messages=count, ids=request.ids)
+    return native.Counted(count)

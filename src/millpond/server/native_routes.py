@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from millpond.errors import Forbidden, StoreCorrupt, TooLarge
+from millpond.model import names
 from millpond.server import native_operations as operations
 from millpond.server import views
 from millpond.server.auth import Scope
@@ -184,6 +185,9 @@ def _handler(route: Route) -> Handler:
             except _UNREADABLE as error:
                 raise Refusal(400, "invalid_body", _why(error)) from error
         if named:
+            if not request.namespace and call.context.config.namespace != names.DEFAULT_NAMESPACE:
+                # What is allowed is asked of the very namespace that is worked on.
+                request = msgspec.structs.replace(request, namespace=call.context.config.namespace)
             _authorise(call, scope, other, request)
             for wanted in also(request):
                 call.authorise(*wanted)

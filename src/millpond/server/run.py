@@ -158,6 +158,23 @@ class Server:
         self._stop_ticking()
         log.info("millpond.server.stopped", extra={"url": self.url})
 
+    def end_gently(self) -> None:
+        """Close the connections that are idle, and the others after their answer."""
+        for connection in list(self._state.connections):
+            connection.shutdown()
+
+    def abort(self) -> None:
+        """Cut off everything that is under way, at once."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in list(self._state.tasks):
+            task.cancel()
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        self.watch.stop()
+        self._stop_ticking()
+
     @staticmethod
     async def _until_idle(seconds: float, idle: Callable[[], bool]) -> bool:
         """Whether it became idle within so many seconds."""
