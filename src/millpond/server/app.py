@@ -35,7 +35,8 @@ class App:
         from starlette.routing import Route, Router
 
         self.context = context
-        self.hot: dict[str, Handler] = {**lockd_routes.hot(), **native_routes.hot()}
+        self._lockd = lockd_routes.hot()
+        self.hot: dict[str, Handler] = {**self._lockd, **native_routes.hot()}
         self.quick = {path.encode(): (path, handler) for path, handler in self.hot.items()}
         """The same by the bytes of a request's first line."""
         self.routes: list[BaseRoute] = [
@@ -81,6 +82,8 @@ class App:
         except Disconnected:
             call.status = 499  # nobody is told; in metrics it is what nginx calls it
         except Exception as error:
+            if call.route in self._lockd:
+                call.style = "lockd"
             await respond_error(call, error)
         finally:
             if timed:
