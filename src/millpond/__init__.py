@@ -40,6 +40,15 @@ _WHERE = {
     "SyncQueue": "sync",
     "connect": "connecting",
     "connect_sync": "sync",
+    "Consumer": "worker.registry",
+    "Context": "worker.hooks",
+    "Defer": "worker.outcomes",
+    "GiveUp": "worker.outcomes",
+    "Middleware": "worker.hooks",
+    "Outcome": "worker.outcomes",
+    "Retry": "worker.outcomes",
+    "RetryPolicy": "worker.retries",
+    "Worker": "worker.worker",
     "json": "service.payloads",
     "msgpack": "service.payloads",
     "text": "service.payloads",
@@ -115,6 +124,11 @@ if TYPE_CHECKING:
         SyncQueue,
         connect_sync,
     )
+    from millpond.worker.hooks import Context, Middleware
+    from millpond.worker.outcomes import Defer, GiveUp, Outcome, Retry
+    from millpond.worker.registry import Consumer
+    from millpond.worker.retries import RetryPolicy
+    from millpond.worker.worker import Worker
 
 
 def __getattr__(name: str) -> Any:
@@ -135,10 +149,14 @@ def __dir__() -> list[str]:
 __all__ = [
     "Answer",
     "Config",
+    "Consumer",
+    "Context",
     "CryptoError",
     "DeadLetters",
+    "Defer",
     "EnqueueOptions",
     "Forbidden",
+    "GiveUp",
     "InvalidInput",
     "InvalidMessageId",
     "InvalidQueue",
@@ -149,7 +167,9 @@ __all__ = [
     "MessageNotFound",
     "MessageState",
     "MessageView",
+    "Middleware",
     "MillpondError",
+    "Outcome",
     "OutcomeUnknown",
     "Payload",
     "PayloadNotLoaded",
@@ -161,6 +181,8 @@ __all__ = [
     "QueueRequests",
     "Receipt",
     "Requests",
+    "Retry",
+    "RetryPolicy",
     "StateConflict",
     "StoreBusy",
     "StoreClosed",
@@ -181,6 +203,7 @@ __all__ = [
     "TooManyConsumers",
     "Unauthorized",
     "UnknownKey",
+    "Worker",
     "__version__",
     "connect",
     "connect_sync",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from millpond.errors import InvalidInput, StoreError
 from millpond.model.clock import Clock, SystemClock
 from millpond.pond import DEFAULT_URL, Pond, open_store
+from millpond.stores.base import Reach
 
 if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
@@ -58,10 +59,14 @@ def connect(
     given = {"token": token, "ca": ca, "cert": cert, "key": key, "timeout": timeout}
     if wrong := [name for name, value in given.items() if value is not None]:
         raise InvalidInput(f"{', '.join(wrong)} is of use with a server's URL only (http:// or https://)")
+    own_clock = clock is not None
     clock = clock or SystemClock()
     store = open_store(url, clock)
     if keyring is not None:
         from millpond.stores.encrypted import EncryptedStore
 
         store = EncryptedStore(store, keyring, accept_plain=accept_plain)
-    return Pond(store, clock=clock, config=config)
+    pond = Pond(store, clock=clock, config=config)
+    if not own_clock and store.capabilities.reach is not Reach.PROCESS:
+        pond._twin = lambda: connect(url, keyring=keyring, config=config, accept_plain=accept_plain)
+    return pond

@@ -146,7 +146,6 @@ class StoreFull(StoreError):
     """The store has no room left; nothing of this call was written. Free some space and try again."""
 
     code = "store_full"
-    http_status = 507
     retryable = True
 
 

@@ -24,6 +24,7 @@ from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
 from millpond.stores.base import Box, Capabilities, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
 from millpond.stores.sealed import refuse_sealed
+from millpond.worker.registry import Registrations
 
 log = logging.getLogger("millpond.pond")
 # Silent until the application configures logging; the root logger is the application's.
@@ -129,7 +130,7 @@ def _no_more(url: str, query: dict[str, str]) -> None:
         )
 
 
-class Pond:
+class Pond(Registrations):
     """A connection to a store. Use as ``async with``; safe for any number of tasks of its event loop."""
 
     def __init__(
@@ -141,6 +142,7 @@ class Pond:
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         """For a store of one's own; otherwise see `millpond.connect`."""
+        super().__init__()
         self.clock = clock or SystemClock()
         if store.capabilities.reach is Reach.NETWORK:
             # Others whose clocks are not this machine's go by the same leases and due times.
@@ -174,6 +176,17 @@ class Pond:
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
         self._requests_before = snapshot({}, {})
+        self._twin: Callable[[], Pond] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """It was opened and not closed since."""
+        return self._opened and not self._closed
+
+    def twin(self) -> Pond | None:
+        """Another pond on the same store, not opened yet, for another thread's event loop. None where there can be
+        none: in memory, on a store of one's own, under a clock of one's own."""
+        return None if self._twin is None else self._twin()
 
     async def open(self) -> Pond:
         """Open the store; `async with` does it. Raises StoreError."""

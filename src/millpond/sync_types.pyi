@@ -391,6 +391,14 @@ class PondCalls:
     config: Config
     clock: Clock
 
+    @property
+    def is_open(self) -> bool:
+        """It was opened and not closed since."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do, for those who plan around it."""
+
     def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
 

@@ -37,6 +37,12 @@ def test_a_page_made_from_the_code_is_current(name: str) -> None:
     assert (DOCS / "reference" / f"{name}.md").read_text() == made, f"run python docs/{script.name}"
 
 
+@pytest.mark.parametrize("name", ["server-settings", "metrics"])
+def test_a_page_made_from_the_servers_tables_is_current(name: str) -> None:
+    made = runpy.run_path(str(DOCS / "make_server_reference.py"))["PAGES"][name]()
+    assert (DOCS / "reference" / f"{name}.md").read_text() == made, "run python docs/make_server_reference.py"
+
+
 def test_every_error_of_the_package_is_described() -> None:
     described = set(re.findall(r"^## (\w+)$", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE))
     raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}

@@ -16,7 +16,7 @@ from millpond.errors import MillpondError
 
 SECTIONS = {
     "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work"),
-    "Serve": ("serve",),
+    "Serve": ("serve", "token"),
     "Look": ("peek", "queues", "stats", "dlq"),
     "Administer": (
         "pause",
@@ -125,7 +125,7 @@ def app() -> None:
 
 
 def _add_commands() -> None:
-    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, serve, work
+    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, serve, token, work
 
     for command in (
         enqueue.enqueue,
@@ -136,6 +136,7 @@ def _add_commands() -> None:
         consume.extend,
         work.work,
         serve.serve,
+        token.token,
         inspect.peek,
         inspect.queues,
         inspect.stats,

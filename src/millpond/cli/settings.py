@@ -36,6 +36,8 @@ class Settings:
         self.json = False
         self.quiet = False
         self.verbose = 0
+        self.given: dict[str, str] = {}
+        """What was given on the command line itself, rather than by the environment."""
 
     @property
     def debug(self) -> bool:
@@ -179,6 +181,8 @@ def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
         settings = ctx.ensure_object(Settings)
         if value is not None and value is not False and value != 0:
             setattr(settings, name, value)
+            if param.name and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE:
+                settings.given[name] = value
         return value
 
     return callback

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,9 +12,12 @@ from millpond.client.transport import Transport
 from millpond.errors import MillpondError
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
+from millpond.service.core import Core
 
 T = TypeVar("T")
 
+key = Core.key
+"""Namespace and queue, normalised. Raises InvalidQueue."""
 encode = msgspec.msgpack.Encoder().encode
 
 
@@ -44,6 +47,12 @@ class Asking:
         """Wait until what came for calls that were cancelled has been given back."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do it beside what goes on; `close` waits for it."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _ask(self, path: str, request: Any, decode: Callable[[bytes], T], **options: Any) -> T:
         return read(decode, await self.transport.call(path, encode(request), **options))

@@ -20,11 +20,11 @@ from msgspec import UNSET
 
 from millpond.client import records
 from millpond.client.asking import decoder, encode, read
+from millpond.client.asking import key as queue_key
 from millpond.client.producing import Producing, receipts, whole
 from millpond.client.records import NEVER, Held
 from millpond.client.transport import Attempt
 from millpond.errors import LeaseLost, MessageNotFound, MillpondError
-from millpond.model import names
 from millpond.model.codec import encode_value
 from millpond.model.message import Lease
 from millpond.service.config import (
@@ -72,32 +72,48 @@ class Consuming(Producing):
         patience = milliseconds(wait, "wait") / 1000
         wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
         owner = short_text(owner, "owner")
-        count = min(check_count(count, "count"), native.MAX_BATCH)
+        count = check_count(count, "count")
         end = self.clock.monotonic() + patience
         left = patience
+        found: list[Delivery] = []
         while True:
             slice_ends = self.clock.monotonic() + min(left, POLL)
+            some = min(count - len(found), native.MAX_BATCH)
 
-            def body(slice_ends: float = slice_ends) -> bytes:
+            def body(slice_ends: float = slice_ends, some: int = some) -> bytes:
                 # Made anew for each try: a later one has less time left.
                 rest = max(0.0, slice_ends - self.clock.monotonic())
                 return encode(
                     native.ReceiveRequest(
                         namespace=namespace,
                         queue=queue,
-                        count=count,
+                        count=some,
                         wait_ms=round(rest * 1000),
                         visibility_ms=wish,
                         owner=owner,
                     )
                 )
 
-            found = await self._poll((namespace, queue), body, min(left, POLL))
+            try:
+                more = await self._poll(body, min(left, POLL))
+            except MillpondError:
+                if found:
+                    return found  # these are leased, and whoever asks again meets the trouble
+                raise
+            except BaseException:
+                if found:
+                    self._spawn(self._defer_quietly(found))
+                raise
+            found = found + more if found else more
             left = end - self.clock.monotonic()
-            if found or left <= 0:
+            if found:
+                if len(more) < some or len(found) >= count:
+                    return found
+                left = 0.0
+            elif left <= 0:
                 return found
 
-    async def _poll(self, key: tuple[str, str], body: Callable[[], bytes], wait: float) -> list[Delivery]:
+    async def _poll(self, body: Callable[[], bytes], wait: float) -> list[Delivery]:
         attempt = Attempt()
         asked = self.clock.monotonic()
         call = asyncio.ensure_future(
@@ -107,24 +123,27 @@ class Consuming(Producing):
             data = await asyncio.shield(call)
         except asyncio.CancelledError:
             attempt.give_up()
-            recovery = asyncio.ensure_future(self._give_back(key, call, attempt))
-            self._tasks.add(recovery)
-            recovery.add_done_callback(self._tasks.discard)
+            self._spawn(self._give_back(call, attempt))
             raise
         return [records.held(delivery, asked) for delivery in read(_deliveries, data).messages]
 
-    async def _give_back(self, key: tuple[str, str], call: asyncio.Future[bytes], attempt: Attempt) -> None:
+    async def _give_back(self, call: asyncio.Future[bytes], attempt: Attempt) -> None:
         """Defer what a receive brings that nobody waits for any more."""
-        if attempt.link is None or attempt.link.connection is None:
+        if attempt.link is None or not attempt.link.used:
             call.cancel()  # nothing was sent
         timer = self.clock.call_later(GIVE_BACK, lambda: None if attempt.link is None else attempt.link.cut())
         try:
             with contextlib.suppress(MillpondError, asyncio.CancelledError):
-                found = [records.held(delivery, NEVER) for delivery in read(_deliveries, await call).messages]
-                if found:
-                    await self.defer_many(found)
+                data = await call
+                await self._defer_quietly([records.held(one, NEVER) for one in read(_deliveries, data).messages])
         finally:
             timer.cancel()
+
+    async def _defer_quietly(self, found: Sequence[Delivery]) -> None:
+        # In vain, they come back when their leases end.
+        with contextlib.suppress(MillpondError):
+            if found:
+                await self.defer_many(found)
 
     # Answers
 
@@ -198,7 +217,7 @@ class Consuming(Producing):
     async def _hand_off(self, delivery: Delivery, then: Sequence[HandOff]) -> list[Receipt]:
         drafts: list[tuple[tuple[str, str], Wishes, str, bytes, str | None]] = []
         for one in then:
-            key = names.queue_key(one.namespace, one.queue)
+            key = queue_key(one.namespace, one.queue)
             wishes = check_options(one.options)
             content_type, payload = await self._prepare(one.source)
             data = payload if isinstance(payload, bytes) else await whole(payload)
@@ -312,7 +331,7 @@ class Consuming(Producing):
 
     async def load_state(self, namespace: str | None, queue: str, id: str) -> StateResult | None:
         """As `QueueService.load_state`."""
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         request = native.StateLoadRequest(namespace=key[0], queue=key[1], message_id=id)
         found = await self._ask("/v1/state/load", request, _state, changes=False)
         if not found.exists:

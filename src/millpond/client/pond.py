@@ -124,6 +124,7 @@ class RemotePond(Pond):
                 "requests": transport.requests,
                 "failures": transport.failures,
                 "repeats": transport.repeats,
+                "under_way": transport.under_way,
                 "current": transport.current,
                 "endpoints": {
                     endpoint.url: {"failures": endpoint.failures, "trouble": endpoint.trouble}

@@ -9,9 +9,9 @@ import msgspec
 
 from millpond.client import records
 from millpond.client.asking import Asking, decoder, read
+from millpond.client.asking import key as queue_key
 from millpond.client.transport import Attempt
 from millpond.errors import InvalidInput, TooLarge
-from millpond.model import names
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, Wishes, check_options
 from millpond.service.payloads import Inline, Payload, Streamed, prepare
 from millpond.service.producing import Receipt
@@ -62,7 +62,7 @@ class Producing(Asking):
         self, namespace: str | None, queue: str, sources: Sequence[Any], options: EnqueueOptions = DEFAULT_OPTIONS
     ) -> list[Receipt]:
         """As `QueueService.enqueue_many`, for at most as many as `Queue` sends at once."""
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         wishes = None if options is DEFAULT_OPTIONS else check_options(options)
         prepared = [await self._prepare(source) for source in sources]
         found: list[Receipt] = []

@@ -14,6 +14,7 @@ from typing import Any
 
 from millpond.client import records
 from millpond.client.asking import decoder, encode
+from millpond.client.asking import key as queue_key
 from millpond.client.consuming import Consuming
 from millpond.client.records import Seen
 from millpond.model import names
@@ -68,13 +69,13 @@ class RemoteService(Consuming):
         return await self._one("/v1/dlq/get", namespace, queue, id)
 
     async def _one(self, path: str, namespace: str | None, queue: str, id: str) -> Record:
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         request = native.MessageRequest(namespace=key[0], queue=key[1], message_id=names.message_id(id))
         return records.seen((await self._ask(path, request, _view, changes=False)).message)
 
     async def peek(self, namespace: str | None, queue: str, limit: int) -> list[Record]:
         """As `QueueService.peek`; at most 1,000."""
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         request = native.PeekRequest(
             namespace=key[0], queue=key[1], count=min(check_count(limit, "count"), native.MAX_LIST)
         )
@@ -116,12 +117,12 @@ class RemoteService(Consuming):
 
     async def queue_policy(self, namespace: str | None, queue: str) -> QueuePolicy:
         """As `QueueService.queue_policy`."""
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         return await self._policy(native.PolicyRequest(namespace=key[0], queue=key[1]))
 
     async def set_policy(self, namespace: str | None, queue: str, **fields: Any) -> QueuePolicy:
         """As `QueueService.set_policy`."""
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         changed_policy(QueuePolicy(), fields)
         return await self._policy(
             native.PolicyRequest(namespace=key[0], queue=key[1], set=records.policy_change(fields))
@@ -129,7 +130,7 @@ class RemoteService(Consuming):
 
     async def reset_policy(self, namespace: str | None, queue: str) -> QueuePolicy:
         """As `QueueService.reset_policy`."""
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         return await self._policy(native.PolicyRequest(namespace=key[0], queue=key[1], reset=True))
 
     async def _policy(self, request: native.PolicyRequest) -> QueuePolicy:
@@ -141,7 +142,7 @@ class RemoteService(Consuming):
         self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
     ) -> list[Record]:
         """As `QueueService.list_dead_letters`, a page at a time."""
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         left = check_count(limit, "limit")
         start = None if after is None else names.message_id(after)
         cursor: str | None = None
@@ -167,7 +168,7 @@ class RemoteService(Consuming):
         return await self._dead_letters("/v1/dlq/purge", namespace, queue, ids)
 
     async def _dead_letters(self, path: str, namespace: str | None, queue: str, ids: Sequence[str] | None) -> int:
-        key = names.queue_key(namespace, queue)
+        key = queue_key(namespace, queue)
         wanted = None if ids is None else names.message_ids(ids)
         pages: list[list[str] | None] = [None]
         if wanted is not None:
@@ -180,5 +181,5 @@ class RemoteService(Consuming):
 
 
 def _named(namespace: str | None, queue: str) -> native.QueueRequest:
-    key = names.queue_key(namespace, queue)
+    key = queue_key(namespace, queue)
     return native.QueueRequest(namespace=key[0], queue=key[1])

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 from yarl import URL
 
 from millpond.client.address import Address
+from millpond.client.lane import CONNECT_TIMEOUT, IDLE, Answer, Connection, Lane
 from millpond.errors import InvalidInput, MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
 from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
@@ -26,13 +28,10 @@ from millpond.wire.headers import MSGPACK
 
 TRIES_PER_TIMEOUT = 3
 """Of a call's time-out each try has a third at most: a server that hangs must leave time for the next one."""
-CONNECT_TIMEOUT = 5.0
-"""Seconds until a connection stands; a host that is not there says nothing."""
 CONNECTIONS = 128
-"""Of all calls that do not wait, together; more at once only queue up in the server. Waits have their own, as many as
-there are, so that answers never stand behind them."""
-IDLE = 15.0
-"""Seconds for which an idle connection is kept: less than any server keeps it, so that it is ours to close."""
+"""Calls under way at a time, but for those that wait for messages."""
+STREAMS = 64
+"""Payloads that are streamed at a time."""
 FIRST_PAUSE = 0.05
 """Seconds before a call is sent again to the only server there is; it doubles, and half of it is chance."""
 LONGEST_PAUSE = 2.0
@@ -52,32 +51,35 @@ _PROXY = frozenset({502, 503, 504})
 class Link:
     """The connection that a try goes over, once it has one."""
 
-    __slots__ = ("connection", "cut_off")
+    __slots__ = ("cut_off", "lane", "stream")
 
     def __init__(self) -> None:
-        self.connection: Any = None
+        self.lane: Connection | None = None
+        self.stream: Any = None
+        """aiohttp's, of a payload that is streamed."""
         self.cut_off = False
         """We ended it: it took too long, or nobody wants it any more."""
+
+    @property
+    def used(self) -> bool:
+        """The request went out, or began to."""
+        return self.lane is not None or self.stream is not None
 
     def cut(self) -> None:
         """End the connection; who waits for an answer on it is told."""
         self.cut_off = True
-        transport = self._transport()
-        if transport is not None:
-            transport.abort()
+        if self.lane is not None:
+            self.lane.abort()
+        elif self.stream is not None and self.stream.transport is not None:
+            self.stream.transport.abort()
 
     def hang_up(self) -> None:
-        """Say that nothing more comes, and still read what is on its way. Where the connection cannot do that (TLS), it
-        is cut."""
-        transport = self._transport()
-        if transport is not None and transport.can_write_eof():
-            self.cut_off = True
-            transport.write_eof()
+        """Say that nothing more comes, and still read what is on its way."""
+        self.cut_off = True
+        if self.lane is not None:
+            self.lane.hang_up()
         else:
             self.cut()
-
-    def _transport(self) -> Any:
-        return None if self.connection is None else self.connection.transport
 
 
 _link: ContextVar[Link] = ContextVar("millpond_link")
@@ -89,7 +91,7 @@ class _Request(aiohttp.ClientRequest):
     async def send(self, conn: Any) -> aiohttp.ClientResponse:
         link = _link.get(None)
         if link is not None:
-            link.connection = conn
+            link.stream = conn
         return await super().send(conn)
 
 
@@ -121,19 +123,15 @@ class _Trouble(Exception):
         """The server may have seen it."""
 
 
-class _Answer(NamedTuple):
-    status: int
-    retry_after: float | None
-    data: bytes
-
-
 class Endpoint:
     """A server, and how it has done lately."""
 
-    __slots__ = ("failures", "rests_until", "trouble", "url")
+    __slots__ = ("failures", "lane", "rests_until", "trouble", "url")
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.lane: Lane | None = None
+        """Its connections, from its first call on."""
         self.failures = 0
         self.rests_until = float("-inf")
         self.trouble = ""
@@ -158,16 +156,21 @@ class Transport:
         """Opens nothing. Raises InvalidInput for certificates that are none."""
         self._address = address
         self._clock = clock
+        self.io_clock = clock
+        """What tries and pauses are timed by. A test whose clock stands still while bytes travel sets another."""
         self._ids = ids
         self._tls = address.tls()
         self.endpoints = [Endpoint(url) for url in address.endpoints]
         self._current = self.endpoints[0]
-        self._calls: aiohttp.ClientSession | None = None
-        self._waits: aiohttp.ClientSession | None = None
-        self._closed = False
+        self._headers = {"Content-Type": MSGPACK, "Accept": MSGPACK}
+        if address.token is not None:
+            self._headers["Authorization"] = f"Bearer {address.token}"
+        self._places = asyncio.Semaphore(CONNECTIONS)
+        self._streams: aiohttp.ClientSession | None = None
+        self._opened = self._closed = False
         self._urls: dict[tuple[str, str], URL] = {}
-        self.requests = self.failures = self.repeats = 0
-        """Tries made, those that came to nothing, and those that followed one."""
+        self.requests = self.failures = self.repeats = self.under_way = 0
+        """Tries made, those that came to nothing, those that followed one, and those that wait for their answer."""
 
     @property
     def where(self) -> str:
@@ -181,30 +184,32 @@ class Transport:
 
     async def open(self) -> None:
         """Be ready to connect; connects to nothing."""
-        headers = {"Content-Type": MSGPACK, "Accept": MSGPACK}
-        if self._address.token is not None:
-            headers["Authorization"] = f"Bearer {self._address.token}"
-        self._calls, self._waits = (
-            aiohttp.ClientSession(
+        self._opened = True
+
+    def _session(self) -> aiohttp.ClientSession:
+        """For payloads that are streamed; made for the first of them."""
+        if self._streams is None:
+            self._streams = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(
-                    ssl=True if self._tls is None else self._tls, limit=limit, keepalive_timeout=IDLE
+                    ssl=True if self._tls is None else self._tls, limit=STREAMS, keepalive_timeout=IDLE
                 ),
-                headers=headers,
+                headers=self._headers,
                 skip_auto_headers=("User-Agent", "Accept-Encoding"),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
                 auto_decompress=False,
                 request_class=_Request,
             )
-            for limit in (CONNECTIONS, 0)
-        )
+        return self._streams
 
     async def close(self) -> None:
         """Close every connection. Safe to repeat."""
         self._closed = True
-        for session in (self._calls, self._waits):
-            if session is not None:
-                await session.close()
+        for endpoint in self.endpoints:
+            if endpoint.lane is not None:
+                endpoint.lane.close()
+        if self._streams is not None:
+            await self._streams.close()
 
     # Calls
 
@@ -223,12 +228,15 @@ class Transport:
         may be sent again when no answer came. ``changes``: something may have been done then. ``within``: seconds, in
         place of the time-out. Raises what the server's fault stands for, StoreUnreachable, and OutcomeUnknown when
         nothing more can be tried and it may have been done."""
-        session = self._waits if wait else self._calls
         a_try = self._address.timeout / TRIES_PER_TIMEOUT + wait
 
-        async def once(endpoint: Endpoint, link: Link, left: float) -> _Answer:
-            data = body if isinstance(body, bytes) else body()
-            return await self._exchange(session, endpoint, path, data, link, min(a_try, left))
+        async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
+            if wait:
+                return await self._ask(endpoint, path, body, link, min(a_try, left))
+            # At most so many at once; more only queue up in the server. Waits are not counted, so that answers never
+            # stand behind them.
+            async with self._places:
+                return await self._ask(endpoint, path, body, link, min(a_try, left))
 
         return await self._persist(once, attempt or Attempt(), wait=wait, repeat=repeat, changes=changes, within=within)
 
@@ -251,7 +259,7 @@ class Transport:
         def watch(link: Link) -> None:
             while timers:
                 timers.pop().cancel()
-            timers.append(self._clock.call_later(limit, link.cut))
+            timers.append(self.io_clock.call_later(limit, link.cut))
 
         async def chunks(link: Link) -> AsyncIterator[bytes]:
             nonlocal given, wrong
@@ -272,10 +280,10 @@ class Transport:
                 if close is not None:
                     await close()
 
-        async def once(endpoint: Endpoint, link: Link, left: float) -> _Answer:
+        async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
             headers = {"Content-Type": content_type, "Accept": "application/json"}
             try:
-                return await self._exchange(self._calls, endpoint, path, chunks(link), link, None, headers)
+                return await self._exchange(endpoint, path, chunks(link), link, None, headers)
             except _Trouble as trouble:
                 if isinstance(wrong, Exception):
                     raise wrong from None
@@ -296,9 +304,9 @@ class Transport:
         opened: list[tuple[aiohttp.ClientResponse, Link]] = []
         limit = self._address.timeout / TRIES_PER_TIMEOUT
 
-        async def once(endpoint: Endpoint, link: Link, left: float) -> _Answer:
+        async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
             keep: list[aiohttp.ClientResponse] = []
-            answer = await self._exchange(self._calls, endpoint, path, body, link, min(limit, left), keep=keep)
+            answer = await self._exchange(endpoint, path, body, link, min(limit, left), keep=keep)
             opened.extend((response, link) for response in keep)
             return answer
 
@@ -307,7 +315,7 @@ class Transport:
         received = 0
         try:
             while True:
-                timer = self._clock.call_later(limit, link.cut)
+                timer = self.io_clock.call_later(limit, link.cut)
                 try:
                     chunk = await response.content.readany()
                 finally:
@@ -327,7 +335,7 @@ class Transport:
 
     async def _persist(
         self,
-        once: Callable[[Endpoint, Link, float], Awaitable[_Answer]],
+        once: Callable[[Endpoint, Link, float], Awaitable[Answer]],
         attempt: Attempt,
         *,
         wait: float = 0.0,
@@ -346,7 +354,7 @@ class Transport:
             later: float | None = None
             refusal: MillpondError | None = None
             try:
-                answer = await once(endpoint, link, max(0.001, end - now))
+                answer = await self._counted(once(endpoint, link, max(0.001, end - now)))
             except _Trouble as trouble:
                 self.failures += 1
                 attempt.unsure |= trouble.sent
@@ -360,7 +368,7 @@ class Transport:
                 if answer.status == 200:
                     endpoint.well()
                     return answer.data
-                later = answer.retry_after
+                later = _seconds(answer.retry_after)
                 fault = faults.decode(answer.data)
                 if fault is None:
                     proxy = f"status {answer.status} without a word of a Millpond server"
@@ -390,6 +398,13 @@ class Transport:
             self._check_wanted(attempt)
             self.repeats += 1
 
+    async def _counted(self, call: Awaitable[Answer]) -> Answer:
+        self.under_way += 1
+        try:
+            return await call
+        finally:
+            self.under_way -= 1
+
     def _check_wanted(self, attempt: Attempt) -> None:
         if attempt.given_up or self._closed:
             raise StoreClosed("the pond was closed, or the call cancelled, while it was under way")
@@ -406,6 +421,8 @@ class Transport:
         well, and wants this call later."""
         if not put_off and any(endpoint.rests_until <= now for endpoint in self.endpoints):
             return 0.0
+        if not tries and later is None:
+            return 0.0  # a connection that was kept may have ended meanwhile, with nothing wrong
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(tries, 10))
         least = pause / 2 if later is None else later
         return least + pause / 2 * self._ids.below(1001) / 1000
@@ -419,7 +436,7 @@ class Transport:
 
     async def _sleep(self, seconds: float) -> None:
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        timer = self._clock.call_later(seconds, lambda: None if over.done() else over.set_result(None))
+        timer = self.io_clock.call_later(seconds, lambda: None if over.done() else over.set_result(None))
         try:
             await over
         finally:
@@ -427,9 +444,43 @@ class Transport:
 
     # One try
 
+    def _check_open(self) -> None:
+        if not self._opened or self._closed:
+            raise StoreClosed("this pond is not open; use it with `async with`")
+
+    async def _ask(
+        self, endpoint: Endpoint, path: str, body: Callable[[], bytes] | bytes, link: Link, limit: float
+    ) -> Answer:
+        """A call: send it, and read the answer. Raises _Trouble."""
+        self._check_open()
+        lane = endpoint.lane
+        if lane is None:
+            lane = endpoint.lane = Lane(endpoint.url, self._tls, self._headers, MAX_ANSWER)
+        connection: Connection | None = None
+        timer: TimerHandle | None = None
+        try:
+            connection = await lane.connection()
+            request = lane.request(path, body if isinstance(body, bytes) else body())
+            link.lane = connection
+            timer = self.io_clock.call_later(limit, link.cut)
+            return await connection.ask(request)
+        except OSError as error:
+            if self._closed:
+                raise StoreClosed("the pond was closed while this call was under way") from None
+            text = "no answer in time" if link.cut_off else _words(error)
+            raise _Trouble(text, sent=link.used) from error
+        except asyncio.CancelledError:
+            if connection is not None:
+                connection.abort()  # its answer would be taken for the next one's
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if connection is not None:
+                lane.put_back(connection)
+
     async def _exchange(
         self,
-        session: aiohttp.ClientSession | None,
         endpoint: Endpoint,
         path: str,
         body: Any,
@@ -437,12 +488,12 @@ class Transport:
         limit: float | None,
         headers: dict[str, str] | None = None,
         keep: list[aiohttp.ClientResponse] | None = None,
-    ) -> _Answer:
+    ) -> Answer:
         """Send it and read the answer; ``keep`` gets the response of a success instead, unread. Raises _Trouble."""
-        if session is None or self._closed:
-            raise StoreClosed("this pond is not open; use it with `async with`")
+        self._check_open()
+        session = self._session()
         _link.set(link)
-        timer: TimerHandle | None = None if limit is None else self._clock.call_later(limit, link.cut)
+        timer: TimerHandle | None = None if limit is None else self.io_clock.call_later(limit, link.cut)
         response: aiohttp.ClientResponse | None = None
         try:
             response = await session.request(
@@ -451,16 +502,15 @@ class Transport:
             if keep is not None and response.status == 200:
                 keep.append(response)
                 response = None
-                return _Answer(200, None, b"")
-            retry_after = _seconds(response.headers.get("Retry-After")) if response.status != 200 else None
-            return _Answer(response.status, retry_after, await self._read(response))
+                return Answer(200, None, b"")
+            return Answer(response.status, response.headers.get("Retry-After"), await self._read(response))
         except (aiohttp.ClientError, OSError) as error:  # time-outs are OSErrors
             if self._closed:
                 raise StoreClosed("the pond was closed while this call was under way") from None
             if isinstance(error, aiohttp.InvalidURL):
                 raise InvalidInput(f"{endpoint.url} is no URL of a server") from error
             text = "no answer in time" if link.cut_off else _words(error)
-            raise _Trouble(text, sent=link.connection is not None) from error
+            raise _Trouble(text, sent=link.used) from error
         except RuntimeError as error:
             # aiohttp's word for a session that was closed meanwhile.
             if not self._closed:
@@ -508,8 +558,10 @@ def _words(error: BaseException) -> str:
     """What went wrong with a connection, without addresses, which are said beside it."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         return f"its certificate is not accepted: {error.certificate_error}"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error.os_error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno).lower()
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return "it closed the connection"
     return str(error) or type(error).__name__

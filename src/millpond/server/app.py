@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millpond.errors import MillpondError, StoreClosed, StoreError
-from millpond.server import lockd_routes, logs, native_routes
+from millpond.server import lockd_routes, logs, native_routes, openapi
 from millpond.server.context import AsgiScope, Call, Context, CutOff, Disconnected, Handler, Receive, Send
 from millpond.server.metrics import ServerMetrics
 from millpond.wire import faults, headers
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
 log = logging.getLogger("millpond.server")
-access_log = logging.getLogger("millpond.access")
 
 READY_CHECK = ("health", "ready")
 """The queue by whose policy `/readyz` finds out whether the store can be reached; a read of something that is not there
@@ -38,10 +37,13 @@ class App:
         self.context = context
         self._lockd = lockd_routes.hot()
         self.hot: dict[str, Handler] = {**self._lockd, **native_routes.hot()}
+        self.quick = {path.encode(): (path, handler) for path, handler in self.hot.items()}
+        """The same by the bytes of a request's first line."""
         self.routes: list[BaseRoute] = [
             Route("/healthz", _asgi(healthz), methods=["GET", "POST"]),
             Route("/readyz", _asgi(readyz), methods=["GET", "POST"]),
             Route("/metrics", _asgi(metrics), methods=["GET"]),
+            Route(openapi.PATH, _asgi(openapi.openapi), methods=["GET"]),
             *(Route(path, _asgi(handler), methods=["POST"]) for path, handler in native_routes.routes().items()),
         ]
         self.paths = frozenset([*self.hot, *(route.path for route in self.routes if isinstance(route, Route))])
@@ -52,27 +54,31 @@ class App:
         if scope["type"] != "http":
             raise RuntimeError(f"the server was asked for {scope['type']}, which it does not speak")
         call = Call(self.context, scope, receive, send)
+        await self.run(call, self.hot.get(call.route))
+
+    async def run(self, call: Call, handler: Handler | None) -> None:
+        """Answer a request: by its handler, or where it is none of the hot ones through Starlette. Raises CutOff when
+        it went wrong after the answer had begun."""
         logs.current.set(call)
         if self.context.tracing is None:
-            await self._answer(call, scope, receive, send)
+            await self._answer(call, handler)
         else:
-            with self.context.tracing.request(scope["headers"]):
-                await self._answer(call, scope, receive, send)
+            with self.context.tracing.request(call.scope["headers"]):
+                await self._answer(call, handler)
 
-    async def _answer(self, call: Call, scope: AsgiScope, receive: Receive, send: Send) -> None:
+    async def _answer(self, call: Call, handler: Handler | None) -> None:
         metrics = self.context.metrics
         access = self.context.config.log_access
         timed = metrics.timed or access
         began = self.context.pond.clock.monotonic() if timed else 0.0
-        handler = self.hot.get(call.route)
         try:
             if handler is not None:
-                call.identity = self.context.authority.identify(scope)
+                call.identity = self.context.authority.identify(call.scope)
                 await handler(call)
             else:
-                scope["millpond.call"] = call
-                scope["app"] = self  # so that Starlette raises rather than answers
-                await self._rest(scope, receive, send)
+                call.scope["millpond.call"] = call
+                call.scope["app"] = self  # so that Starlette raises rather than answers
+                await self._rest(call.scope, call.receive, call.send)
         except Disconnected:
             call.status = 499  # nobody is told; in metrics it is what nginx calls it
         except Exception as error:
@@ -84,22 +90,7 @@ class App:
                 seconds = self.context.pond.clock.monotonic() - began
                 metrics.request(call.route, call.status, seconds)
                 if access:
-                    _log_access(call, seconds)
-
-
-def _log_access(call: Call, seconds: float) -> None:
-    access_log.info(
-        "millpond.server.request",
-        extra={
-            "client": call.address,
-            "identity": call.identity.name,
-            "method": call.method,
-            "route": call.route,
-            "status": call.status,
-            "seconds": round(seconds, 6),
-            "correlation_id": call.correlation_id,
-        },
-    )
+                    logs.access(call.address, call.identity.name, call.method, call.route, call.status, seconds)
 
 
 def _asgi(handler: Handler) -> Any:
@@ -144,8 +135,8 @@ async def metrics(call: Call) -> None:
     await call.answer(body, content_type=(b"content-type", kind.encode()))
 
 
-OPEN: frozenset[Handler] = frozenset({healthz, readyz, metrics})
-"""Handlers that everybody may call, token or not; the last one sees to that by itself."""
+OPEN: frozenset[Handler] = frozenset({healthz, readyz, metrics, openapi.openapi})
+"""Handlers that everybody may call, token or not; `metrics` sees to that by itself."""
 
 
 async def respond_error(call: Call, error: Exception) -> None:
@@ -162,9 +153,17 @@ async def respond_error(call: Call, error: Exception) -> None:
     more = []
     if fault.retry_after_seconds > 0:
         more.append((headers.RETRY_AFTER, b"%d" % fault.retry_after_seconds))
+    if status == 405:
+        more.append((b"allow", _allowed(error)))
     if status == 401:
         more.append((b"www-authenticate", b"Bearer"))
     await call.answer(faults.as_json(fault), status, more=more)
+
+
+def _allowed(error: Exception) -> bytes:
+    """The methods of a route that was asked by another."""
+    given: Mapping[str, str] = getattr(error, "headers", None) or {}  # Starlette's error knows them
+    return given.get("Allow", "POST").encode()
 
 
 def _fault(call: Call, error: Exception) -> tuple[int, faults.Fault]:

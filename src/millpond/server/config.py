@@ -93,6 +93,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         if not 0 <= self.port <= 65_535:
             raise InvalidInput(f"port must be 0 to 65535, not {self.port}")
         names.namespace_name(self.namespace)
+        if self.store.partition(":")[0].lower() in {"http", "https"}:
+            raise InvalidInput("store is the URL of a server: name the store itself, such as sqlite:///millpond.db")
         for setting in SETTINGS:
             value = getattr(self, setting.field)
             if setting.kind == "duration" and not (_NOT_AT_ALL.get(setting.field, 0.001) <= value <= LONGEST):

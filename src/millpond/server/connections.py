@@ -20,7 +20,8 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from millpond.model.clock import Clock, TimerHandle
 from millpond.server.auth import PEER, Identity, certificate_identity, serial_number
 from millpond.server.config import ServerConfig
-from millpond.server.protocol import Protocol
+from millpond.server.context import AsgiScope
+from millpond.server.exchange import Exchange, FastProtocol
 from millpond.wire import faults
 from millpond.wire.faults import Fault
 
@@ -93,7 +94,7 @@ class Watch:
         return None
 
 
-class Connection(Protocol):
+class Connection(FastProtocol):
     """A connection to a client."""
 
     def __init__(self, watch: Watch, **rest: Any) -> None:
@@ -186,18 +187,25 @@ class Connection(Protocol):
         self._first = self._fed = self._chunk
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        # What comes after the body is a trailer, which nobody reads. Not by the base class: this is called a lot.
         if self._stage == HEAD:
-            super().on_header(name, value)
-        # What comes after the body is a trailer, which nobody reads.
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if len(self.headers) > self._max_headers or (self._fed > self._max_head and self._head_size() > self._max_head):
             self._head_too_large()
             return
         self._stage, self._since, self._body, self._quiet = BODY, self._watch.tick, 0, 0
-        if self._peer is not None:
-            self.scope[PEER] = self._peer  # type: ignore[literal-required]
         super().on_headers_complete()
+
+    def scope_of_request(self) -> AsgiScope:
+        scope = super().scope_of_request()
+        if self._peer is not None:
+            scope[PEER] = self._peer
+        return scope
 
     def _head_size(self) -> int:
         return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -257,7 +265,7 @@ class Connection(Protocol):
             return
         self._watch.refused[code] += 1
         log.info("millpond.server.refused", extra={"client": self._address, "reason": code})
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
@@ -317,7 +325,7 @@ class Connection(Protocol):
 
     def _waits_for_us(self) -> bool:
         """It is not the client's fault that nothing comes."""
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
         if self.flow.read_paused:
             return True
         if cycle is None or cycle.response_complete:

@@ -11,9 +11,11 @@ from millpond.pond import Pond
 from millpond.server.audit import Audit, Who
 from millpond.server.auth import ANONYMOUS, Authority, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
+from millpond.server.gate import LoadGate, store_load
 from millpond.server.held import Held
-from millpond.server.limits import Gate, OpenGate
+from millpond.server.limits import Gate
 from millpond.server.metrics import Metrics, NoMetrics
+from millpond.server.outstanding import Streams
 from millpond.server.quota import Quota
 from millpond.server.tracing import Tracing
 from millpond.server.watches import Watches
@@ -54,12 +56,14 @@ class Context:
         self.pond = pond
         self.config = config or ServerConfig()
         self.authority: Authority = authority or OpenAuthority()
-        self.gate: Gate = gate or OpenGate()
+        self.gate: Gate = gate or LoadGate(pond.clock, lambda: store_load(pond.store))
         self.metrics: Metrics = metrics or NoMetrics()
         self.audit = audit or Audit(pond.clock)
         self.tracing = tracing
         self.quota = Quota(pond, self.config.max_queues_per_namespace)
         self.held = Held()
+        self.streams = Streams(pond)
+        self.held.answered = self.streams.answered
         self.watches = Watches(pond)
         self.draining = False
         self._drain_ends = 0.0
@@ -198,7 +202,7 @@ class Call:
             self._body_over = True
             whole: bytes = message.get("body", b"")
             if len(whole) > most:
-                raise _too_large(most)
+                raise too_large(most)
             return whole
         parts: list[bytes] = []
         size = 0
@@ -208,7 +212,7 @@ class Call:
             part = message.get("body", b"")
             size += len(part)
             if size > most:
-                raise _too_large(most)
+                raise too_large(most)
             parts.append(part)
             if not message.get("more_body", False):
                 self._body_over = True
@@ -261,6 +265,10 @@ class Call:
             fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
+        await self.whole(body, status, fields)
+
+    async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
+        """The whole answer at once, with exactly these headers, the length among them."""
         await self.start(status, fields)
         await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -285,7 +293,8 @@ Handler = Callable[[Call], Awaitable[None]]
 """What answers a request. Errors are raised, not answered: `millpond.server.app` makes bodies of them."""
 
 
-def _too_large(limit: int) -> Refusal:
+def too_large(limit: int) -> Refusal:
+    """A body has more bytes than that."""
     return Refusal(
         400, "invalid_body", f"the body is larger than {limit} bytes; send less at once, or stream a payload"
     )

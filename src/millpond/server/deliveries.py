@@ -143,8 +143,7 @@ async def answer(call: Call, deliveries: Sequence[Delivery], stateful: bool) -> 
     if whole:
         for delivery in deliveries:
             context.held.keep(delivery)
-        await call.start(200, answered)
-        await call.end(b"".join(parts))
+        await call.whole(b"".join(parts), 200, answered)
         return
     await call.start(200, answered)
     for part in parts:

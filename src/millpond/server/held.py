@@ -8,6 +8,7 @@ service reads and judges anew.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from millpond.service.consuming import Delivery
 
@@ -21,6 +22,8 @@ class Held:
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
         self._held: OrderedDict[str, Delivery] = OrderedDict()
+        self.answered: Callable[[str], object] = lambda lease_id: None
+        """Told the lease of each delivery that is over."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -46,6 +49,7 @@ class Held:
             return delivery
         return Delivery(namespace, queue, id, lease_id, token)
 
-    def drop(self, id: str) -> None:
-        """Forget a message: it was answered."""
-        self._held.pop(id, None)
+    def drop(self, delivery: Delivery) -> None:
+        """Forget a message that was answered, or is somebody else's by now; whoever streamed it is told."""
+        self._held.pop(delivery.id, None)
+        self.answered(delivery.lease_id)

@@ -143,6 +143,7 @@ async def enqueue(call: Call) -> None:
         raise Refusal(400, "invalid_body", f"the meta part: {error}") from error
     key = place(call, meta.namespace.strip(), meta.queue.strip() or call.query.get("queue", ""))
     call.authorise("write", *key)
+    await context.quota.admit(*key)
     given = headers.correlation_id(meta.correlation_id) or headers.correlation_id(call.header(headers.CORRELATION))
     options = _options(meta, given)
     service = context.pond.service
@@ -292,7 +293,7 @@ def _mismatch(detail: str) -> Refusal:
 
 async def _missing_or_lost(call: Call, delivery: Delivery, error: LeaseLost) -> Exception:
     """lockd tells a message that is gone from one that somebody else holds."""
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     gone = await call.context.pond.service.load(delivery.namespace, delivery.queue, delivery.id) is None
     return _gone(delivery) if gone else error
 
@@ -308,7 +309,7 @@ async def ack(call: Call) -> None:
         await call.context.pond.service.ack(delivery)
     except LeaseLost as error:
         raise await _missing_or_lost(call, delivery, error) from error
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     await call.answer(lockd.encode(lockd.Acked(True, call.correlation_id)) + b"\n")
 
 
@@ -331,7 +332,7 @@ async def nack(call: Call) -> None:
             await service.nack(delivery, delay=delay, error=request.last_error)
     except LeaseLost as error:
         raise await _missing_or_lost(call, delivery, error) from error
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     # Nobody holds it now, so that nothing can be asked of this version; it only must be another.
     etag = lockd.meta_etag(delivery.token, 0)
     await call.answer(lockd.encode(lockd.Requeued(True, etag, call.correlation_id)) + b"\n")

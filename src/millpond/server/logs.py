@@ -79,6 +79,24 @@ def _plain(value: Any) -> str:
     return text if text.isprintable() else repr(text)
 
 
+log = logging.getLogger("millpond.access")
+
+
+def access(client: str, identity: str, method: str, route: str, status: int, seconds: float) -> None:
+    """A line for a request that is over. Neither its query nor its headers: those hold what is not for logs."""
+    log.info(
+        "millpond.server.request",
+        extra={
+            "client": client,
+            "identity": identity,
+            "method": method,
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 6),
+        },
+    )
+
+
 @contextlib.contextmanager
 def logging_to(
     stream: TextIO | None = None, *, form: Literal["auto", "text", "json"] = "auto", level: str = "info"

@@ -17,8 +17,9 @@ from millpond.errors import Forbidden, InvalidInput, MillpondError
 from millpond.message import MessageView
 from millpond.model import names
 from millpond.queue import Queue
-from millpond.server import views
+from millpond.server import receiving, views
 from millpond.server.context import Call, Context
+from millpond.server.receiving import Wish
 from millpond.service.consuming import Delivery, HandOff
 from millpond.service.states import WHATEVER
 from millpond.stores.base import Box
@@ -27,7 +28,9 @@ from millpond.wire.faults import Refusal
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Payloads that one receive may hand out together, if all are as large as is kept inline."""
-LARGEST_CURSOR = 2**63 - 1
+CURSOR_DIGITS = 39
+"""Of a store's key, which has 128 bits at most."""
+FOREIGN_CURSOR = "cursor is none that a list of this queue was answered with"
 
 
 def _queue(call: Call, request: native.Request) -> Queue:
@@ -47,7 +50,7 @@ def _answered(context: Context, deliveries: Sequence[Delivery], errors: Sequence
     held = context.held
     for delivery, error in zip(deliveries, errors, strict=True):
         if error is None:
-            held.drop(delivery.id)
+            held.drop(delivery)
 
 
 def _results(
@@ -66,6 +69,7 @@ def _results(
 async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> native.Receipts:
     """Enqueue up to 1,000 messages in one commit."""
     await call.context.gate.admit("producer")
+    await call.context.quota.admit(*names.queue_key(request.namespace, request.queue))
     receipts = await call.context.pond.service.enqueue_each(
         request.namespace,
         request.queue,
@@ -77,22 +81,23 @@ async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> nati
 # Consumers
 
 
-async def claim(call: Call, request: native.ReceiveRequest, wait: float) -> list[Delivery]:
-    """What `receive` hands out, before it is sent."""
-    call.context.refuse_while_draining()
-    await call.context.gate.admit("consumer")
-    most = max(1, MAX_ANSWER_BYTES // max(1, call.context.pond.service.inline_limit))
-    messages = await _queue(call, request).receive(
-        min(request.count, most),
-        wait=wait,
-        visibility=None if request.visibility_ms is None else request.visibility_ms / 1000,
-        owner=request.owner,
+async def receive(call: Call, request: native.ReceiveRequest) -> list[Delivery]:
+    """Receive up to `count` messages, as soon as there is one; none when nothing came within `wait_ms`."""
+    context = call.context
+    context.refuse_while_draining()
+    await context.gate.admit("consumer")
+    service = context.pond.service
+    most = max(1, MAX_ANSWER_BYTES // max(1, service.inline_limit))
+    visibility = None if request.visibility_ms is None else request.visibility_ms / 1000
+    wish = Wish(
+        *service.key(request.namespace, request.queue), min(request.count, most), visibility, request.owner, True
     )
-    return [message._delivery for message in messages]
+    return await receiving.receive(call, wish, request.wait_ms / 1000)
 
 
 async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Results:
     """Ack each message; one that is refused does not hinder the others, and is told in its result."""
+    await call.context.gate.admit("answer")
     deliveries = _held(call.context, request, request.messages)
     errors = await call.context.pond.service.ack_many(deliveries)
     return _results(call.context, request.messages, deliveries, errors)
@@ -100,6 +105,7 @@ async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Resul
 
 async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Results:
     """Give each message back: as a failure, or (intent "defer") without one."""
+    await call.context.gate.admit("answer")
     service = call.context.pond.service
     deliveries = _held(call.context, request, request.messages)
     delay = request.delay_ms / 1000
@@ -114,6 +120,7 @@ async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Res
 
 async def extend_batch(call: Call, request: native.ExtendBatchRequest) -> native.Results:
     """Let each lease end so much from now."""
+    await call.context.gate.admit("answer")
     context = call.context
     deliveries = _held(context, request, request.messages)
     errors = await context.pond.service.extend_many(deliveries, request.extend_by_ms / 1000)
@@ -126,16 +133,17 @@ async def extend_batch(call: Call, request: native.ExtendBatchRequest) -> native
         until = None if record is None or record.status.lease is None else record.status.lease.until
         if until is not None:
             context.held.keep(delivery)
-            context.streams.extended(delivery.id, until)
+            context.streams.extended(delivery.lease_id, until)
         found.append(native.Result(handle.message_id, None, until))
     return native.Results(found)
 
 
 async def bury(call: Call, request: native.BuryRequest) -> native.Done:
     """Give a message up: a dead letter with this reason."""
+    await call.context.gate.admit("answer")
     [delivery] = _held(call.context, request, [request.message])
     await call.context.pond.service.bury(delivery, request.reason, error=request.error)
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     return native.Done()
 
 
@@ -145,12 +153,13 @@ async def hand_off(call: Call, request: native.HandOffRequest) -> native.Receipt
     [delivery] = _held(call.context, request, [request.message])
     then = []
     for target in request.then:
+        await call.context.quota.admit(*names.queue_key(target.namespace or delivery.namespace, target.queue))
         options = views.options(target.message)
         if target.message.message_id is not None:
             options = views.with_id(options, target.message.message_id)
         then.append(HandOff(target.namespace or delivery.namespace, target.queue, target.message.payload, options))
     receipts = await call.context.pond.service.ack(delivery, then)
-    call.context.held.drop(delivery.id)
+    call.context.held.drop(delivery)
     return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
 
 
@@ -229,19 +238,18 @@ async def counts(call: Call, request: native.QueueRequest) -> native.Counts:
     )
 
 
-def _views(call: Call, found: Sequence[MessageView]) -> list[native.MessageView]:
-    now = call.context.pond.service.clock.now_ms()
-    return [views.message(view.record, now) for view in found]
+def _views(found: Sequence[MessageView]) -> list[native.MessageView]:
+    return [views.message(view) for view in found]
 
 
 async def peek(call: Call, request: native.PeekRequest) -> native.Views:
     """The messages that would be handed out next, left where they are."""
-    return native.Views(_views(call, await _queue(call, request).peek(request.count)))
+    return native.Views(_views(await _queue(call, request).peek(request.count)))
 
 
 async def get(call: Call, request: native.MessageRequest) -> native.View:
     """One message, live or dead."""
-    return native.View(_views(call, [await _queue(call, request).get(request.message_id)])[0])
+    return native.View(_views([await _queue(call, request).get(request.message_id)])[0])
 
 
 async def next_due(call: Call, request: native.QueueRequest) -> native.NextDue:
@@ -265,9 +273,12 @@ async def policy(call: Call, request: native.PolicyRequest) -> native.PolicyAnsw
         raise InvalidInput("give set or reset, not both")
     if request.reset:
         found = await queue.reset_policy()
+        call.audit("policy.reset", queue.namespace, queue.name)
     elif request.set is not None:
+        await call.context.quota.admit(queue.namespace, queue.name)
         fields: dict[str, Any] = views.policy_fields(request.set)
         found = await queue.set_policy(**fields)
+        call.audit("policy.set", queue.namespace, queue.name, set=fields)
     else:
         found = await queue.policy()
     return native.PolicyAnswer(views.policy(found))
@@ -275,19 +286,27 @@ async def policy(call: Call, request: native.PolicyRequest) -> native.PolicyAnsw
 
 async def pause(call: Call, request: native.QueueRequest) -> native.Done:
     """Hand nothing out until `resume`."""
-    await _queue(call, request).pause()
+    queue = _queue(call, request)
+    await call.context.quota.admit(queue.namespace, queue.name)
+    await queue.pause()
+    call.audit("queue.pause", queue.namespace, queue.name)
     return native.Done()
 
 
 async def resume(call: Call, request: native.QueueRequest) -> native.Done:
     """Hand out again."""
-    await _queue(call, request).resume()
+    queue = _queue(call, request)
+    await queue.resume()
+    call.audit("queue.resume", queue.namespace, queue.name)
     return native.Done()
 
 
 async def purge(call: Call, request: native.QueueRequest) -> native.Purged:
     """Remove every live message that no consumer holds."""
-    return native.Purged(await _queue(call, request).purge())
+    queue = _queue(call, request)
+    count = await queue.purge()
+    call.audit("queue.purge", queue.namespace, queue.name, messages=count)
+    return native.Purged(count)
 
 
 async def notify(call: Call, request: native.QueueRequest) -> native.Done:
@@ -312,30 +331,36 @@ async def dead_letters(call: Call, request: native.DeadLetterListRequest) -> nat
         after = (await service.dead_letter(*key, request.after)).item.key
     elif request.cursor is not None:
         after = _cursor(request.cursor)
-    page = await service.list_messages(*key, after=after, limit=request.limit, box=Box.DEAD)
-    now = service.clock.now_ms()
-    return native.Page(
-        [views.message(record, now) for record in page.records],
-        None if page.next_after is None else str(page.next_after),
-    )
+    try:
+        page = await service.list_messages(*key, after=after, limit=request.limit, box=Box.DEAD)
+    except OverflowError as error:
+        raise InvalidInput(FOREIGN_CURSOR) from error
+    found = [MessageView(service, record) for record in page.records]
+    return native.Page(_views(found), None if page.next_after is None else str(page.next_after))
 
 
 def _cursor(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or len(text) > 19 or int(text) > LARGEST_CURSOR:
-        raise InvalidInput("cursor is none that a list was answered with")
+    if not text.isascii() or not text.isdecimal() or len(text) > CURSOR_DIGITS:
+        raise InvalidInput(FOREIGN_CURSOR)
     return int(text)
 
 
 async def dead_letter(call: Call, request: native.MessageRequest) -> native.View:
     """One dead letter."""
-    return native.View(_views(call, [await _queue(call, request).dead_letters.get(request.message_id)])[0])
+    return native.View(_views([await _queue(call, request).dead_letters.get(request.message_id)])[0])
 
 
 async def redrive(call: Call, request: native.DeadLetterIdsRequest) -> native.Counted:
     """Put dead letters back into their queue with a new budget: those with these ids, or all."""
-    return native.Counted(await _queue(call, request).dead_letters.redrive(request.ids))
+    queue = _queue(call, request)
+    count = await queue.dead_letters.redrive(request.ids)
+    call.audit("dlq.redrive", queue.namespace, queue.name, messages=count, ids=request.ids)
+    return native.Counted(count)
 
 
 async def purge_dead_letters(call: Call, request: native.DeadLetterIdsRequest) -> native.Counted:
     """Remove dead letters for good: those with these ids, or all."""
-    return native.Counted(await _queue(call, request).dead_letters.purge(request.ids))
+    queue = _queue(call, request)
+    count = await queue.dead_letters.purge(request.ids)
+    call.audit("dlq.purge", queue.namespace, queue.name, messages=count, ids=request.ids)
+    return native.Counted(count)

@@ -37,6 +37,8 @@ class Wish(msgspec.Struct, frozen=True, gc=False):
     count: int
     visibility: float | None = None
     owner: str | None = None
+    unread: bool = False
+    """Payloads that cannot be read are handed out all the same: the consumer is told what is wrong, and decides."""
 
 
 class Presence:
@@ -114,7 +116,7 @@ async def claim(context: Context, wish: Wish) -> list[Delivery]:
     deliveries = await context.pond.service.claim(
         wish.namespace, wish.queue, wish.count, visibility=wish.visibility, owner=wish.owner
     )
-    return sound(context, deliveries) if deliveries else deliveries
+    return deliveries if wish.unread or not deliveries else sound(context, deliveries)
 
 
 async def wait(context: Context, wish: Wish, patience: float | None) -> list[Delivery]:
@@ -137,7 +139,7 @@ async def wait(context: Context, wish: Wish, patience: float | None) -> list[Del
             owner=wish.owner,
             candidates=(candidate,),
         )
-        if deliveries and (deliveries := sound(context, deliveries)):
+        if deliveries and (wish.unread or (deliveries := sound(context, deliveries))):
             return deliveries
 
 

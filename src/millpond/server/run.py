@@ -79,7 +79,14 @@ class Server:
         from millpond.server.connections import Connection
 
         def connect() -> asyncio.Protocol:
-            return Connection(self.watch, config=self._settings, server_state=self._state, app_state={}, _loop=loop)
+            return Connection(
+                self.watch,
+                application=self.app,
+                config=self._settings,
+                server_state=self._state,
+                app_state={},
+                _loop=loop,
+            )
 
         more: dict[str, Any] = {}
         if self._tls is not None:
@@ -150,6 +157,23 @@ class Server:
         self.watch.stop()
         self._stop_ticking()
         log.info("millpond.server.stopped", extra={"url": self.url})
+
+    def end_gently(self) -> None:
+        """Close the connections that are idle, and the others after their answer."""
+        for connection in list(self._state.connections):
+            connection.shutdown()
+
+    def abort(self) -> None:
+        """Cut off everything that is under way, at once."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in list(self._state.tasks):
+            task.cancel()
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        self.watch.stop()
+        self._stop_ticking()
 
     @staticmethod
     async def _until_idle(seconds: float, idle: Callable[[], bool]) -> bool:

@@ -215,7 +215,8 @@ def _time(value: Any, where: str, key: str) -> int:
     return round(value.timestamp() * 1000)
 
 
-def _text(ms: int) -> str:
+def time_text(ms: int) -> str:
+    """A time (ms UTC) as the file has it."""
     return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -225,9 +226,9 @@ def dump(tokens: Iterable[Token]) -> str:
     for token in tokens:
         lines += ["", "[[token]]", f'id = "{token.id}"', f'name = "{token.name}"', f'hash = "{token.hash}"']
         lines.append("allow = [" + ", ".join(f'"{grant}"' for grant in token.grants) + "]")
-        lines.append(f"created = {_text(token.created_at)}")
+        lines.append(f"created = {time_text(token.created_at)}")
         if token.expires_at is not None:
-            lines.append(f"expires = {_text(token.expires_at)}")
+            lines.append(f"expires = {time_text(token.expires_at)}")
     return "\n".join(lines) + "\n"
 
 

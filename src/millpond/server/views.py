@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
-from millpond import lifecycle
 from millpond.errors import MillpondError
+from millpond.message import MessageView
 from millpond.model.message import DEFAULT_PRIORITY
 from millpond.requests import PondRequests
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy
@@ -91,13 +91,14 @@ def delivery(given: Delivery) -> native.Delivery:
     )
 
 
-def message(record: Record, now: int) -> native.MessageView:
-    """A message as an onlooker is told of it, at ``now`` (ms UTC)."""
+def message(view: MessageView) -> native.MessageView:
+    """A message as an onlooker is told of it."""
+    record = view.record
     status = record.status
     lease, dead = status.lease, status.dead
     return native.MessageView(
         **_common(record),
-        state=lifecycle.state_of(status, now).value,
+        state=cast("Any", view.state),
         fencing_token=status.token,
         lease=None
         if lease is None
@@ -152,6 +153,11 @@ def options(new: native.NewMessage) -> EnqueueOptions:
     )
 
 
+def with_id(chosen: EnqueueOptions, message_id: str) -> EnqueueOptions:
+    """The same with an id of the producer's own."""
+    return msgspec.structs.replace(chosen, message_id=message_id)
+
+
 def _seconds(milliseconds: int | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
@@ -202,3 +208,30 @@ def costs(given: PondRequests) -> native.Costs:
         _requests(given.total),
         given.acknowledged,
     )
+
+
+def as_json(value: Any) -> Any:
+    """What JSON has no form for, as something that it has."""
+    if isinstance(value, msgspec.msgpack.Ext):
+        return {"code": value.code, "data": bytes(value.data)}
+    raise NotImplementedError(f"{type(value).__name__} has no form in JSON")
+
+
+def json_bytes(encoder: msgspec.json.Encoder, value: Any) -> bytes:
+    """``value`` as JSON. In users' own values MessagePack has keys for which JSON has no form: these become text, so
+    that who asks in JSON is not kept from the message."""
+    try:
+        return encoder.encode(value)
+    except (TypeError, NotImplementedError):
+        return encoder.encode(_with_text_keys(msgspec.msgpack.decode(msgspec.msgpack.encode(value))))
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key if isinstance(key, str) else str(_with_text_keys(key)): _with_text_keys(one)
+            for key, one in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_with_text_keys(one) for one in value]
+    return as_json(value) if isinstance(value, msgspec.msgpack.Ext) else value

@@ -220,9 +220,7 @@ class Producing(Core):
         return stamp
 
     @staticmethod
-    def _plain(
-        key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str, chosen: bool = False
-    ) -> _Draft:
+    def _plain(key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str, chosen: bool = False) -> _Draft:
         """As `_build`, for a small payload without options: the common case without the detours."""
         head = Head(
             HEAD_FORMAT,

@@ -89,7 +89,7 @@ def _detail(error: MillpondError) -> str:
 
 
 def _retry_after(error: MillpondError) -> int:
-    return BUSY_RETRY if error.retryable and error.http_status in {429, 503, 507} else 0
+    return BUSY_RETRY if error.retryable and error.http_status in {429, 503} else 0
 
 
 def exception(status: int, code: str, detail: str = "") -> MillpondError:
@@ -110,7 +110,6 @@ _BY_STATUS: dict[int, type[MillpondError]] = {
     409: errors.LeaseLost,
     413: errors.TooLarge,
     503: errors.StoreBusy,
-    507: errors.StoreFull,
 }
 
 _decoder = msgspec.json.Decoder(Fault)

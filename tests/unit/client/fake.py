@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,7 +28,7 @@ class Say(NamedTuple):
 
     body: bytes = b""
     status: int = 200
-    headers: dict[str, str] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
 
 
 class Drop(NamedTuple):
@@ -105,8 +106,8 @@ class Fake:
                 lines += [f"{name.replace('_', '-')}: {value}" for name, value in said.headers.items()]
                 writer.write("\r\n".join([*lines, "", ""]).encode() + said.body)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client went away
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError, asyncio.CancelledError):
+            pass  # the client went away, or the test is over
         finally:
             self.open -= 1
             self._writers.discard(writer)

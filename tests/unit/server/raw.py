@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple
@@ -21,9 +22,10 @@ class Answer(NamedTuple):
 class Connection:
     """One connection; ``async with`` it."""
 
-    def __init__(self, url: str, *, receive_buffer: int | None = None) -> None:
+    def __init__(self, url: str, *, receive_buffer: int | None = None, tls: ssl.SSLContext | None = None) -> None:
         """``receive_buffer``: bytes that the system takes for a client that does not read."""
         self._buffer = receive_buffer
+        self._tls = tls
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._host, self._port = parts.hostname, parts.port
@@ -40,7 +42,9 @@ class Connection:
         except OSError:
             sock.close()
             raise
-        self.reader, self.writer = await asyncio.open_connection(sock=sock)
+        self.reader, self.writer = await asyncio.open_connection(
+            sock=sock, ssl=self._tls, server_hostname=self._host if self._tls else None
+        )
         return self
 
     async def __aexit__(

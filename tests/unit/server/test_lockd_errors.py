@@ -319,7 +319,7 @@ class Failing:
     ("error", "told"),
     [
         (StoreBusy("/secret busy"), (503, "store_busy")),
-        (StoreFull("/secret full"), (507, "store_full")),
+        (StoreFull("/secret full"), (503, "store_full")),
         (StoreError("/secret down"), (503, "store_error")),
         (RuntimeError("/secret"), (500, "internal_error")),
     ],

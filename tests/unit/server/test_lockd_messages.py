@@ -468,7 +468,7 @@ async def test_an_answer_that_this_process_has_forgotten_is_as_good() -> None:
     async with serving() as client:
         await client.enqueue("q", b"", correlation="c")
         [delivery] = await client.dequeue("q")
-        client.context.held.drop(delivery.message["message_id"])
+        client.context.held._held.pop(delivery.message["message_id"])
         body = json.loads((await client.post("/v1/queue/extend", delivery.answer(extend_by_seconds=5))).body)
         assert body["correlation_id"] == "c"
         await client.ack(delivery)
