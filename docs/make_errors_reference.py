@@ -11,7 +11,6 @@ from pathlib import Path
 
 from millpond import errors
 from millpond.cli.runner import CannotStart
-from millpond.stores.objects.bucket import OutcomeUnknown
 
 PAGE = Path(__file__).parent / "reference" / "errors.md"
 
@@ -88,6 +87,19 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "`Config.max_consumers` (4,096) calls of `receive(wait=…)` are waiting in this process.",
         "Let fewer tasks wait, each taking more messages (`count`), or raise the cap.",
     ),
+    errors.Unauthorized: (
+        "The request to a server carried no token or certificate, or one that has ended or that the server never had.",
+        "Give the client a token that holds, or the certificate; on the server, see its list of tokens.",
+    ),
+    errors.Forbidden: (
+        "The token or certificate is known to the server, but does not allow this on this queue or namespace.",
+        "Use one that does, or have its scopes widened on the server. Repeating the call will not help.",
+    ),
+    errors.Throttled: (
+        "The server slows producers, and at last consumers, down because its store or process is loaded.",
+        "Wait for as long as the answer says (Retry-After), then send it again; the client does so by itself. If it "
+        "happens often, the server needs a faster disk, or a second one.",
+    ),
     errors.PayloadNotLoaded: (
         "`message.payload` of a payload that is stored apart, or anything but an answer on a handle made from ids.",
         "`async for chunk in message.stream()`, or `await message.read()`; for a handle, `queue.get(id)`.",
@@ -137,9 +149,14 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "What is stored does not open: it was changed, cut or moved, or the key of that id is another one.",
         "Compare the keyring with that of the writer. If it is right, somebody or something changed the storage.",
     ),
-    OutcomeUnknown: (
-        "Stores in a bucket only, a `StoreError`: a write was sent, its reply was lost, and reading back did not tell "
-        "either what became of it.",
+    errors.StoreUnreachable: (
+        "Over HTTP only: none of the servers in the URL could be connected to, or answered, within the time-out.",
+        "Start the server, or correct the URL; the text says what each address said. The client has tried again and "
+        "again by then; enqueues and answers may be repeated.",
+    ),
+    errors.OutcomeUnknown: (
+        "Stores in a bucket and servers only: a write was sent, its reply was lost, and it could neither be found out "
+        "what became of it nor be sent again.",
         "As after any other `StoreError` of a write: it may have been written, or be written a little later. Repeat an "
         "enqueue with the same `message_id` or `dedup_key`; after an answer, the message may come again.",
     ),
@@ -161,7 +178,7 @@ def tree(kind: type[errors.MillpondError], level: int = 0) -> Iterator[tuple[int
 
 def page() -> str:
     """The page's text."""
-    found = [*tree(errors.MillpondError), (0, OutcomeUnknown), (0, CannotStart)]
+    found = [*tree(errors.MillpondError), (0, CannotStart)]
     missing = [kind.__name__ for _, kind in found if kind not in CURES]
     if missing:
         raise SystemExit(f"no cause and cure in {Path(__file__).name} for {', '.join(missing)}")

@@ -40,7 +40,7 @@ ATTRIBUTES = {
 OWN = {"PondCalls": {"open", "close"}}
 """What the synchronous class defines itself."""
 
-HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher"}}
+HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher", "twin"}}
 """What is of use on the pond's own event loop only, and so is not offered."""
 
 IMPORTS = """\
@@ -57,7 +57,7 @@ from millpond.requests import PondRequests
 from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
-from millpond.stores.base import Problem, QueueName
+from millpond.stores.base import Capabilities, Problem, QueueName
 
 T = TypeVar("T")
 """
@@ -129,7 +129,7 @@ def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
     for node in body.body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
             continue
-        if node.name not in OWN.get(name, ()):
+        if node.name not in OWN.get(name, ()) and node.name not in HIDDEN.get(name, ()):
             yield from method(node)
 
 

@@ -38,8 +38,17 @@ _WHERE = {
     "SyncMessageView": "sync",
     "SyncPond": "sync",
     "SyncQueue": "sync",
-    "connect": "pond",
+    "connect": "connecting",
     "connect_sync": "sync",
+    "Consumer": "worker.registry",
+    "Context": "worker.hooks",
+    "Defer": "worker.outcomes",
+    "GiveUp": "worker.outcomes",
+    "Middleware": "worker.hooks",
+    "Outcome": "worker.outcomes",
+    "Retry": "worker.outcomes",
+    "RetryPolicy": "worker.retries",
+    "Worker": "worker.worker",
     "json": "service.payloads",
     "msgpack": "service.payloads",
     "text": "service.payloads",
@@ -59,22 +68,30 @@ _WHERE = {
     "StoreError": "errors",
     "StoreFull": "errors",
     "StoreMismatch": "errors",
+    "StoreUnreachable": "errors",
+    "OutcomeUnknown": "errors",
     "Tampered": "errors",
     "TooLarge": "errors",
+    "Unauthorized": "errors",
+    "Forbidden": "errors",
+    "Throttled": "errors",
     "TooManyConsumers": "errors",
     "UnknownKey": "errors",
 }
 
 if TYPE_CHECKING:
+    from millpond.connecting import connect
     from millpond.crypto.keyring import Keyring
     from millpond.errors import (
         CryptoError,
+        Forbidden,
         InvalidInput,
         InvalidMessageId,
         InvalidQueue,
         LeaseLost,
         MessageNotFound,
         MillpondError,
+        OutcomeUnknown,
         PayloadNotLoaded,
         StateConflict,
         StoreBusy,
@@ -83,13 +100,16 @@ if TYPE_CHECKING:
         StoreError,
         StoreFull,
         StoreMismatch,
+        StoreUnreachable,
         Tampered,
+        Throttled,
         TooLarge,
         TooManyConsumers,
+        Unauthorized,
         UnknownKey,
     )
     from millpond.message import Lease, Message, MessageState, MessageView
-    from millpond.pond import Pond, connect
+    from millpond.pond import Pond
     from millpond.queue import Answer, DeadLetters, Queue, QueueCounts, Receipt
     from millpond.requests import PondRequests, QueueRequests
     from millpond.service.config import Config, EnqueueOptions, QueuePolicy
@@ -104,6 +124,11 @@ if TYPE_CHECKING:
         SyncQueue,
         connect_sync,
     )
+    from millpond.worker.hooks import Context, Middleware
+    from millpond.worker.outcomes import Defer, GiveUp, Outcome, Retry
+    from millpond.worker.registry import Consumer
+    from millpond.worker.retries import RetryPolicy
+    from millpond.worker.worker import Worker
 
 
 def __getattr__(name: str) -> Any:
@@ -124,9 +149,14 @@ def __dir__() -> list[str]:
 __all__ = [
     "Answer",
     "Config",
+    "Consumer",
+    "Context",
     "CryptoError",
     "DeadLetters",
+    "Defer",
     "EnqueueOptions",
+    "Forbidden",
+    "GiveUp",
     "InvalidInput",
     "InvalidMessageId",
     "InvalidQueue",
@@ -137,7 +167,10 @@ __all__ = [
     "MessageNotFound",
     "MessageState",
     "MessageView",
+    "Middleware",
     "MillpondError",
+    "Outcome",
+    "OutcomeUnknown",
     "Payload",
     "PayloadNotLoaded",
     "Pond",
@@ -148,6 +181,8 @@ __all__ = [
     "QueueRequests",
     "Receipt",
     "Requests",
+    "Retry",
+    "RetryPolicy",
     "StateConflict",
     "StoreBusy",
     "StoreClosed",
@@ -155,6 +190,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "StoreMismatch",
+    "StoreUnreachable",
     "SyncDeadLetters",
     "SyncMessage",
     "SyncMessageState",
@@ -162,9 +198,12 @@ __all__ = [
     "SyncPond",
     "SyncQueue",
     "Tampered",
+    "Throttled",
     "TooLarge",
     "TooManyConsumers",
+    "Unauthorized",
     "UnknownKey",
+    "Worker",
     "__version__",
     "connect",
     "connect_sync",

@@ -9,11 +9,16 @@
      ├── LeaseLost                   the lease is not the message's current one; nothing was changed
      ├── StateConflict               the workflow state has another ETag than expected
      ├── TooManyConsumers            the cap on waiting consumers is reached
+     ├── Unauthorized                the server does not know who asks
+     ├── Forbidden                   the server knows, and will not let him
+     ├── Throttled                   the server is loaded; ask again a little later
      ├── PayloadNotLoaded            the payload is stored apart from its record; stream it
      ├── StoreError                  the storage said no
      │    ├── StoreBusy              another writer holds it; try again
      │    ├── StoreFull              no room left; free some, then try again
      │    ├── StoreClosed            the pond was closed
+     │    ├── StoreUnreachable       no server that was given answers; try again
+     │    ├── OutcomeUnknown         it was sent, and no reply came: it may have been done
      │    ├── StoreMismatch          not a Millpond store, or one from a newer version
      │    └── StoreCorrupt           a record that cannot be read
      └── CryptoError                 a ciphertext that does not open
@@ -95,6 +100,28 @@ class TooManyConsumers(MillpondError):
     retryable = True
 
 
+class Unauthorized(MillpondError):
+    """The server does not know who asks: no token or certificate, or one that it does not accept."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(MillpondError):
+    """Who asks may not do this there."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class Throttled(MillpondError):
+    """The server has too much to do; ask again a little later."""
+
+    code = "throttled"
+    http_status = 429
+    retryable = True
+
+
 class PayloadNotLoaded(MillpondError):
     """The payload is stored apart from its record; use message.stream() or message.read()."""
 
@@ -119,7 +146,6 @@ class StoreFull(StoreError):
     """The store has no room left; nothing of this call was written. Free some space and try again."""
 
     code = "store_full"
-    http_status = 507
     retryable = True
 
 
@@ -127,6 +153,19 @@ class StoreClosed(StoreError):
     """The store is closed."""
 
     code = "store_closed"
+
+
+class StoreUnreachable(StoreError):
+    """No server answers at the addresses that were given; nothing is known to have been done. Try again."""
+
+    code = "store_unreachable"
+    retryable = True
+
+
+class OutcomeUnknown(StoreError):
+    """The request was sent and no usable reply came back: it may have taken place, now or a little later."""
+
+    code = "outcome_unknown"
 
 
 class StoreMismatch(StoreError):

@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from zlib import crc32
 
-from millpond import lifecycle
 from millpond.errors import InvalidInput, MessageNotFound, PayloadNotLoaded, TooLarge
 from millpond.model.message import Lease as LeaseRecord
 from millpond.service import payloads
@@ -16,8 +15,8 @@ from millpond.service.consuming import Delivery, HandOff
 from millpond.service.states import WHATEVER
 
 if TYPE_CHECKING:
+    from millpond.service.operations import Answers, Payloads
     from millpond.service.ready import Record
-    from millpond.service.service import QueueService
 
 T = TypeVar("T")
 
@@ -60,7 +59,7 @@ class MessageState:
 
     __slots__ = ("_delivery", "_service")
 
-    def __init__(self, service: QueueService, delivery: Delivery) -> None:
+    def __init__(self, service: Answers, delivery: Delivery) -> None:
         self._service = service
         self._delivery = delivery
 
@@ -86,7 +85,7 @@ class Message:
 
     __slots__ = ("_delivery", "_service")
 
-    def __init__(self, service: QueueService, delivery: Delivery) -> None:
+    def __init__(self, service: Answers, delivery: Delivery) -> None:
         self._service = service
         self._delivery = delivery
 
@@ -305,10 +304,10 @@ class MessageView:
 
     __slots__ = ("_record", "_service", "state")
 
-    def __init__(self, service: QueueService, record: Record) -> None:
+    def __init__(self, service: Payloads, record: Record) -> None:
         self._service = service
         self._record = record
-        self.state = lifecycle.state_of(record.status, service.clock.now_ms()).value
+        self.state = service.state_of(record)
         """``ready``, ``delayed``, ``leased``, ``lapsed`` (lease ran out) or ``dead``."""
 
     @property

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from millpond.errors import InvalidInput, MessageNotFound, MillpondError, StoreBusy, StoreClosed, StoreCorrupt
@@ -19,13 +19,12 @@ from millpond.requests import PondRequests, since, snapshot
 from millpond.service.collector import Collected, collect
 from millpond.service.config import Config
 from millpond.service.dispatcher import Dispatcher
+from millpond.service.operations import Operations
 from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
-from millpond.stores.base import Box, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
+from millpond.stores.base import Box, Capabilities, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
 from millpond.stores.sealed import refuse_sealed
-
-if TYPE_CHECKING:
-    from millpond.crypto.keyring import Keyring
+from millpond.worker.registry import Registrations
 
 log = logging.getLogger("millpond.pond")
 # Silent until the application configures logging; the root logger is the application's.
@@ -131,7 +130,7 @@ def _no_more(url: str, query: dict[str, str]) -> None:
         )
 
 
-class Pond:
+class Pond(Registrations):
     """A connection to a store. Use as ``async with``; safe for any number of tasks of its event loop."""
 
     def __init__(
@@ -143,6 +142,7 @@ class Pond:
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         """For a store of one's own; otherwise see `millpond.connect`."""
+        super().__init__()
         self.clock = clock or SystemClock()
         if store.capabilities.reach is Reach.NETWORK:
             # Others whose clocks are not this machine's go by the same leases and due times.
@@ -165,6 +165,8 @@ class Pond:
             partial_watch=store.capabilities.reach is Reach.NETWORK,
             thrifty=store.capabilities.requests_cost_money,
         )
+        self._operations: Operations = self.service
+        self.service.waiter = self.dispatcher
         self.service.on_ready = self.dispatcher.ready
         self.service.on_due = self.dispatcher.due
         self._opened = False
@@ -174,6 +176,17 @@ class Pond:
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
         self._requests_before = snapshot({}, {})
+        self._twin: Callable[[], Pond] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """It was opened and not closed since."""
+        return self._opened and not self._closed
+
+    def twin(self) -> Pond | None:
+        """Another pond on the same store, not opened yet, for another thread's event loop. None where there can be
+        none: in memory, on a store of one's own, under a clock of one's own."""
+        return None if self._twin is None else self._twin()
 
     async def open(self) -> Pond:
         """Open the store; `async with` does it. Raises StoreError."""
@@ -212,6 +225,11 @@ class Pond:
         await self.store.close()
 
     @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do, for those who plan around it."""
+        return self.store.capabilities
+
+    @property
     def _forked(self) -> bool:
         return self._process not in {0, os.getpid()}
 
@@ -225,7 +243,7 @@ class Pond:
 
     def queue(self, name: str, *, namespace: str | None = None) -> Queue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
-        return Queue(self.service, self.dispatcher, name, namespace)
+        return Queue(self._operations, name, namespace)
 
     async def notify(self, queue: str, *, namespace: str | None = None) -> None:
         """As `Queue.notify`, for a queue by its name. Raises InvalidQueue."""
@@ -233,7 +251,7 @@ class Pond:
 
     async def queues(self) -> list[QueueName]:
         """Every queue in the store, by namespace and name."""
-        return await self.service.list_queues()
+        return await self._operations.list_queues()
 
     async def collect(self) -> Collected:
         """One pass of the collector, which otherwise runs every `Config.collect_interval` seconds: settles expired
@@ -403,28 +421,3 @@ class Pond:
             "dispatcher": {"polls": self.dispatcher.polls},
             "requests": counted,
         }
-
-
-def connect(
-    url: str = DEFAULT_URL,
-    *,
-    keyring: Keyring | None = None,
-    config: Config | None = None,
-    clock: Clock | None = None,
-    accept_plain: bool = False,
-) -> Pond:
-    """A pond on the store that ``url`` names; open it with ``async with``.
-
-    ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``s3://bucket/prefix``, ``gs://bucket/prefix``,
-    ``az://container/prefix``, ``memory://``. With a ``keyring`` everything is encrypted before it reaches the store;
-    ``accept_plain`` then lets in what is not encrypted yet, for the time in which
-    ``pond.rekey(encrypt_plain=True)`` encrypts an existing store. Raises InvalidInput for a URL that cannot be right,
-    StoreError where a bucket needs a package that is not installed; opening raises StoreError, and UnknownKey for an
-    encrypted store without its keyring."""
-    clock = clock or SystemClock()
-    store = open_store(url, clock)
-    if keyring is not None:
-        from millpond.stores.encrypted import EncryptedStore
-
-        store = EncryptedStore(store, keyring, accept_plain=accept_plain)
-    return Pond(store, clock=clock, config=config)

@@ -15,13 +15,10 @@ from millpond.service.config import (
     EnqueueOptions,
     PolicyFields,
     QueuePolicy,
-    milliseconds,
 )
 from millpond.service.consuming import Delivery
-from millpond.service.dispatcher import Dispatcher
+from millpond.service.operations import Operations
 from millpond.service.producing import Receipt
-from millpond.service.service import QueueService
-from millpond.stores.base import Box
 
 CHUNK = 500
 """Messages of one `enqueue_many` written together: bounded memory for any iterable, and a shared commit."""
@@ -53,23 +50,15 @@ class QueueCounts(NamedTuple):
 class DeadLetters:
     """The dead letters of a queue."""
 
-    def __init__(self, service: QueueService, namespace: str, queue: str) -> None:
+    def __init__(self, service: Operations, namespace: str, queue: str) -> None:
         self._service = service
         self._namespace = namespace
         self._queue = queue
 
     async def list(self, *, after: str | None = None, limit: int = 100) -> list[MessageView]:
         """Dead letters in order of insertion, from after the one with id ``after``. Raises MessageNotFound."""
-        start = None
-        if after is not None:
-            start = (await self._service.dead_letter(self._namespace, self._queue, after)).item.key
-        while True:
-            page = await self._service.list_messages(
-                self._namespace, self._queue, after=start, limit=limit, box=Box.DEAD
-            )
-            if page.records or page.next_after is None:
-                return [MessageView(self._service, record) for record in page.records]
-            start = page.next_after  # A page of records that cannot be read; the next may have some that can.
+        records = await self._service.list_dead_letters(self._namespace, self._queue, after=after, limit=limit)
+        return [MessageView(self._service, record) for record in records]
 
     async def get(self, message_id: str) -> MessageView:
         """One dead letter. Raises MessageNotFound."""
@@ -91,9 +80,8 @@ class DeadLetters:
 class Queue:
     """A named queue. It needs no creating: it is there with its first message."""
 
-    def __init__(self, service: QueueService, dispatcher: Dispatcher, name: str, namespace: str | None) -> None:
+    def __init__(self, service: Operations, name: str, namespace: str | None) -> None:
         self._service = service
-        self._dispatcher = dispatcher
         self.name = names.queue_name(name)
         self.namespace = names.namespace_name(namespace)
         self.dead_letters = DeadLetters(service, self.namespace, self.name)
@@ -208,28 +196,10 @@ class Queue:
         Returns as soon as there is one. ``visibility``: seconds until the leases end, None for the messages' own.
         ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
         service = self._service
-        patience = milliseconds(wait, "wait") / 1000
-        left = patience > 0 and self._dispatcher.looks_after(self.namespace, self.name)
-        deliveries = await service.claim(
-            self.namespace, self.name, count, visibility=visibility, owner=owner, check_only=left
+        deliveries = await service.receive(
+            self.namespace, self.name, count, wait=wait, visibility=visibility, owner=owner
         )
-        if not deliveries and patience:
-            deliveries = await self._wait(count, patience, visibility, owner)
         return [Message(service, delivery) for delivery in deliveries]
-
-    async def _wait(self, count: int, wait: float, visibility: float | None, owner: str | None) -> list[Delivery]:
-        clock = self._service.clock
-        end = clock.monotonic() + wait
-        while (remaining := end - clock.monotonic()) > 0:
-            candidate = await self._dispatcher.wait(self.namespace, self.name, timeout=remaining)
-            if candidate is None:
-                break
-            deliveries = await self._service.claim(
-                self.namespace, self.name, count, visibility=visibility, owner=owner, candidates=(candidate,)
-            )
-            if deliveries:
-                return deliveries
-        return []
 
     async def ack_many(self, messages: Iterable[Message]) -> list[Answer]:
         """Ack each in shared commits; one that fails (LeaseLost) does not hinder the others and is in its answer."""
@@ -265,8 +235,7 @@ class Queue:
         """Tell this process that the queue may have changed: who waits looks at once instead of at the next poll. For
         what is told from outside Millpond, as by a bucket's notifications. Costs nothing while nobody waits; spurious
         and repeated calls cost a look at most."""
-        self._service.foreign_change(self.namespace, self.name)
-        self._dispatcher.notify(self.namespace, self.name)
+        await self._service.notify(self.namespace, self.name)
 
     # Operators
 
@@ -289,10 +258,7 @@ class Queue:
     async def next_due(self) -> float | None:
         """Seconds until the earliest message that is not ready now comes due (a delay or a lease ends); None when there
         is none."""
-        service = self._service
-        now = service.clock.now_ms()
-        page = await service.store.ready(self.namespace, self.name, now, limit=1)
-        return None if page.next_due is None else max(0.0, (page.next_due - now) / 1000)
+        return await self._service.until_due(self.namespace, self.name)
 
     async def purge(self) -> int:
         """Remove every live message that no consumer holds; how many. Dead letters stay."""

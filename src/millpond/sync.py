@@ -18,9 +18,10 @@ from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from millpond.connecting import connect
 from millpond.errors import StoreClosed, StoreError
 from millpond.message import Message, MessageState, MessageView
-from millpond.pond import DEFAULT_URL, Pond, connect
+from millpond.pond import DEFAULT_URL, Pond
 from millpond.queue import DeadLetters, Queue
 
 if TYPE_CHECKING:
@@ -310,6 +311,24 @@ def connect_sync(
     config: Config | None = None,
     clock: Clock | None = None,
     accept_plain: bool = False,
+    token: str | None = None,
+    ca: str | None = None,
+    cert: str | None = None,
+    key: str | None = None,
+    timeout: float | None = None,
 ) -> SyncPond:
     """As `millpond.connect`, for synchronous code: ``with millpond.connect_sync(url) as pond: …``."""
-    return SyncPond(connect(url, keyring=keyring, config=config, clock=clock, accept_plain=accept_plain))
+    return SyncPond(
+        connect(
+            url,
+            keyring=keyring,
+            config=config,
+            clock=clock,
+            accept_plain=accept_plain,
+            token=token,
+            ca=ca,
+            cert=cert,
+            key=key,
+            timeout=timeout,
+        )
+    )

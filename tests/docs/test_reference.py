@@ -37,6 +37,12 @@ def test_a_page_made_from_the_code_is_current(name: str) -> None:
     assert (DOCS / "reference" / f"{name}.md").read_text() == made, f"run python docs/{script.name}"
 
 
+@pytest.mark.parametrize("name", ["server-settings", "metrics"])
+def test_a_page_made_from_the_servers_tables_is_current(name: str) -> None:
+    made = runpy.run_path(str(DOCS / "make_server_reference.py"))["PAGES"][name]()
+    assert (DOCS / "reference" / f"{name}.md").read_text() == made, "run python docs/make_server_reference.py"
+
+
 def test_every_error_of_the_package_is_described() -> None:
     described = set(re.findall(r"^## (\w+)$", (DOCS / "reference" / "errors.md").read_text(), re.MULTILINE))
     raised = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
@@ -188,7 +194,7 @@ def test_the_queries_of_the_format_find_what_is_there(tmp_path: Path) -> None:
     state = msgspec.msgpack.decode(database.execute("SELECT data FROM state").fetchone()[0])
     database.close()
     assert set(policy) == {"format", "policy"}
-    assert set(state) == {"format", "value", "created_at", "updated_at"}
+    assert set(state) == {"format", "value", "created_at", "updated_at", "version"}
     assert {entry.name for entry in (tmp_path / "work.db-millpond").iterdir()} == {"turn.lock", "write.lock", "feed"}
 
 

@@ -16,7 +16,19 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 MAX_LINES = 700
 """A module that says more than this says more than one thing."""
-LAZY = ("click", "rich", "cryptography", "millpond.cli")
+LAZY = (
+    *("click", "rich", "cryptography", "millpond.cli"),
+    *(
+        "starlette",
+        "uvicorn",
+        "httptools",
+        "uvloop",
+        "aiohttp",
+        "prometheus_client",
+        "millpond.server",
+        "millpond.client",
+    ),
+)
 """What a program that only queues must not pay for."""
 
 

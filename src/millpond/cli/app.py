@@ -16,6 +16,7 @@ from millpond.errors import MillpondError
 
 SECTIONS = {
     "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work"),
+    "Serve": ("serve", "token"),
     "Look": ("peek", "queues", "stats", "dlq"),
     "Administer": (
         "pause",
@@ -124,7 +125,7 @@ def app() -> None:
 
 
 def _add_commands() -> None:
-    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, work
+    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, serve, token, work
 
     for command in (
         enqueue.enqueue,
@@ -134,6 +135,8 @@ def _add_commands() -> None:
         consume.defer,
         consume.extend,
         work.work,
+        serve.serve,
+        token.token,
         inspect.peek,
         inspect.queues,
         inspect.stats,

@@ -39,12 +39,12 @@ def prices(pond: Pond) -> dict[str, Any] | None:
 
 
 def _prices(pond: Pond) -> Prices | None:
-    return price_list.prices_of(pond.store.capabilities.name)
+    return price_list.prices_of(pond.capabilities.name)
 
 
 def measured(pond: Pond, requests: PondRequests) -> dict[str, Any] | None:
     """What this process asked for, and what that costs; None where requests cost nothing."""
-    if not pond.store.capabilities.requests_cost_money:
+    if not pond.capabilities.requests_cost_money:
         return None
     total, acked, found = requests.total, requests.acknowledged, _prices(pond)
     return {

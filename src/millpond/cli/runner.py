@@ -251,7 +251,7 @@ class Runner:
 
     @property
     def _paying(self) -> bool:
-        return self._pond.store.capabilities.requests_cost_money
+        return self._pond.capabilities.requests_cost_money
 
     def _recheck(self) -> float:
         if not self._paying:

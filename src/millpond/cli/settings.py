@@ -36,6 +36,8 @@ class Settings:
         self.json = False
         self.quiet = False
         self.verbose = 0
+        self.given: dict[str, str] = {}
+        """What was given on the command line itself, rather than by the environment."""
 
     @property
     def debug(self) -> bool:
@@ -73,7 +75,7 @@ class Settings:
         asking a file that is not there is a wrong path or directory, never a question about an empty queue."""
         import asyncio
 
-        self._log()
+        self.start_logging()
         if existing:
             self._check_exists()
 
@@ -107,7 +109,8 @@ class Settings:
                 f"there is no store at {path}: name it with --store or MILLPOND_STORE (`millpond enqueue` makes one)"
             )
 
-    def _log(self) -> None:
+    def start_logging(self) -> None:
+        """Log to stderr, as much as --verbose and --quiet say."""
         import logging
 
         if self.verbose:
@@ -178,6 +181,8 @@ def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
         settings = ctx.ensure_object(Settings)
         if value is not None and value is not False and value != 0:
             setattr(settings, name, value)
+            if param.name and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE:
+                settings.given[name] = value
         return value
 
     return callback

@@ -132,7 +132,7 @@ async def _watched(runner: Runner, queue: Queue, display: Display, pond: Pond) -
         await runner.run()
         return
     began = pond.clock.monotonic()
-    recount = PAID_RECOUNT if pond.store.capabilities.requests_cost_money else RECOUNT
+    recount = PAID_RECOUNT if pond.capabilities.requests_cost_money else RECOUNT
 
     async def show() -> None:
         left, round = 0, 0

@@ -7,9 +7,10 @@ from the place it was given (the ``..`` holes of path-joined keys cannot arise).
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
-from millpond.errors import InvalidMessageId, InvalidQueue
+from millpond.errors import InvalidInput, InvalidMessageId, InvalidQueue
 
 DEFAULT_NAMESPACE = "default"
 MAX_NAME_BYTES = 128
@@ -63,3 +64,10 @@ def message_id(value: str) -> str:
     if not _ID.fullmatch(text):
         raise InvalidMessageId(f"message id {value[:64]!r} is not a UUID such as 0197a3c2-…")
     return text
+
+
+def message_ids(values: Iterable[str]) -> list[str]:
+    """Each message id once, in canonical form. Raises InvalidInput, InvalidMessageId."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise InvalidInput("ids must be a list of message ids, or None for all")
+    return list(dict.fromkeys([message_id(value) for value in values]))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 
 from millpond.errors import InvalidInput, StoreCorrupt, StoreMismatch, TooLarge
-from millpond.model.message import DEFAULT_PRIORITY
+from millpond.model.codec import encode_value
+from millpond.model.message import DEFAULT_PRIORITY, PRIORITIES
+from millpond.model.names import message_id
 
 MAX_SECONDS = 100 * 366 * 86_400.0
 """A century: longer durations are mistakes (milliseconds given as seconds), and sums stay far inside 64 bits."""
@@ -232,6 +234,97 @@ def check_count(value: Any, what: str) -> int:
     if value.__class__ is not int or value < 1:
         raise InvalidInput(f"{what} must be a whole number, at least one, not {value!r:.100}")
     return min(int(value), MAX_COUNT)
+
+
+class Wishes(NamedTuple):
+    """What a producer asks for, checked, in milliseconds; None = the queue's policy, then the pond's default."""
+
+    delay: int
+    ttl: int | None
+    priority: int
+    max_attempts: int | None
+    visibility: int | None
+    attributes: dict[str, Any] | None
+    dedup_key: str | None
+    dedup_window: int | None
+    """Only with a dedup key."""
+    ordering_key: str | None
+    content_type: str | None
+    correlation_id: str | None
+    message_id: str | None
+
+
+def check_options(options: EnqueueOptions, max_attributes_bytes: int | None = None) -> Wishes:
+    """The options, if they can be right. Raises InvalidInput, TooLarge (of attributes, only if a limit is given)."""
+    priority, max_attempts = options.priority, options.max_attempts
+    if priority.__class__ is not int or priority not in PRIORITIES:
+        raise InvalidInput(f"priority must be a whole number from 0 to 9, not {priority!r}")
+    if max_attempts is not None and (max_attempts.__class__ is not int or not 0 <= max_attempts <= MAX_ATTEMPTS):
+        raise InvalidInput(f"max_attempts must be a whole number from 1 to {MAX_ATTEMPTS:,} (0 means without limit)")
+    dedup_key = short_text(options.dedup_key, "dedup_key")
+    window = None
+    if dedup_key is not None and options.dedup_window is not None:
+        window = milliseconds(options.dedup_window, "dedup_window", positive=True)
+    return Wishes(
+        milliseconds(options.delay, "delay"),
+        None if options.ttl is None else milliseconds(options.ttl, "ttl", positive=True),
+        priority,
+        max_attempts,
+        None if options.visibility is None else milliseconds(options.visibility, "visibility", positive=True),
+        _attributes(options.attributes, max_attributes_bytes),
+        dedup_key,
+        window,
+        short_text(options.ordering_key, "ordering_key"),
+        short_text(options.content_type, "content_type"),
+        short_text(options.correlation_id, "correlation_id"),
+        None if options.message_id is None else message_id(options.message_id),
+    )
+
+
+def _attributes(attributes: Any, limit: int | None) -> dict[str, Any] | None:
+    if attributes is None:
+        return None
+    if not isinstance(attributes, dict) or not all(isinstance(name, str) for name in attributes):
+        raise InvalidInput("attributes must be a dict with text keys")
+    if not attributes:
+        return None
+    # What was encoded is what is kept: later changes of the caller's dict must not show.
+    encoded, decoded = encode_value(attributes, "attributes")
+    if limit is not None and len(encoded) > limit:
+        raise TooLarge(f"attributes take {len(encoded)} bytes, more than the limit of {limit}")
+    kept: dict[str, Any] = decoded
+    return kept
+
+
+def error_value(error: Any, limit: int | None = None) -> Any:
+    """A consumer's error as it is kept: an exception by type and text. Raises InvalidInput, TooLarge."""
+    if error is None:
+        return None
+    if isinstance(error, BaseException):
+        error = f"{type(error).__name__}: {error}"
+    encoded, plain = encode_value(error, "the error")
+    if limit is not None and len(encoded) > limit:
+        raise TooLarge(f"the error takes {len(encoded)} bytes, more than the limit of {limit}; shorten it")
+    # As it will be read back, for those who get it from this process's cache.
+    return plain
+
+
+def reason_text(reason: Any, limit: int | None = None) -> str:
+    """Why a message is given up, as it is kept. Raises InvalidInput, TooLarge."""
+    if not isinstance(reason, (str, BaseException)):
+        raise InvalidInput(f"a reason is text, not {type(reason).__name__}")
+    return str(error_value(reason, limit))
+
+
+def changed_policy(policy: QueuePolicy, fields: dict[str, Any]) -> QueuePolicy:
+    """The policy with these fields changed. Raises InvalidInput for unknown fields and values out of range."""
+    unknown = set(fields) - set(QueuePolicy.__struct_fields__)
+    if unknown:
+        raise InvalidInput(f"a queue policy has no {', '.join(sorted(unknown))}")
+    try:
+        return QueuePolicy(**(msgspec.structs.asdict(policy) | fields))
+    except TypeError as error:
+        raise InvalidInput(f"a queue policy field has the wrong type: {error}") from error
 
 
 def milliseconds(seconds: float | timedelta, what: str, *, positive: bool = False) -> int:

@@ -16,16 +16,20 @@ import msgspec
 
 from millpond import lifecycle
 from millpond.errors import (
-    InvalidInput,
     LeaseLost,
     MessageNotFound,
     MillpondError,
     StoreError,
-    TooLarge,
 )
-from millpond.model import codec
 from millpond.model.message import Lease, Status
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy, milliseconds
+from millpond.service.config import (
+    DEFAULT_OPTIONS,
+    EnqueueOptions,
+    QueuePolicy,
+    error_value,
+    milliseconds,
+    reason_text,
+)
 from millpond.service.core import ATTEMPTS, QueueKey
 from millpond.service.payloads import check
 from millpond.service.producing import Producing, Receipt
@@ -228,16 +232,7 @@ class Consuming(Producing):
 
     def error_value(self, error: Any) -> Any:
         """A consumer's error as it is kept: an exception by type and text. Raises InvalidInput, TooLarge."""
-        if error is None:
-            return None
-        if isinstance(error, BaseException):
-            error = f"{type(error).__name__}: {error}"
-        limit = self.config.max_error_bytes
-        encoded, plain = codec.encode_value(error, "the error")
-        if len(encoded) > limit:
-            raise TooLarge(f"the error takes {len(encoded)} bytes, more than the limit of {limit}; shorten it")
-        # As it will be read back, for those who get it from this process's cache.
-        return plain
+        return error_value(error, self.config.max_error_bytes)
 
     def _nack_plan(
         self, delivery: Delivery, record: Record | None, delay: int, error: Any, policy: QueuePolicy
@@ -340,9 +335,7 @@ class Consuming(Producing):
 
     async def bury(self, delivery: Delivery, reason: str, *, error: Any = None) -> None:
         """The holder gives the message up for good: a dead letter with this reason. Raises LeaseLost, TooLarge."""
-        if not isinstance(reason, (str, BaseException)):
-            raise InvalidInput(f"a reason is text, not {type(reason).__name__}")
-        reason = str(self.error_value(reason))
+        reason = reason_text(reason, self.config.max_error_bytes)
         kept = self.error_value(error)
 
         def decide(record: Record | None) -> Plan:

@@ -322,6 +322,11 @@ class Dispatcher:
         state = self._states.get(key)
         return Stats(*key, state.live_waiters() if state else 0, 0, self._consumers)
 
+    @property
+    def waiting(self) -> int:
+        """Consumers that wait, on any queue."""
+        return self._consumers
+
     def has_active_watcher(self, namespace: str | None, queue: str) -> bool:
         """Whether the queue's changes by others are being watched."""
         state = self._states.get((names.namespace_name(namespace), names.queue_name(queue)))

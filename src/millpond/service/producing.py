@@ -9,11 +9,11 @@ from zlib import crc32
 import msgspec
 
 from millpond import lifecycle
-from millpond.errors import InvalidInput, StoreError, TooLarge
-from millpond.model import codec, names
+from millpond.errors import InvalidInput, StoreError
+from millpond.model import names
 from millpond.model.codec import encode
-from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, PRIORITIES, Head, Status
-from millpond.service.config import DEFAULT_OPTIONS, MAX_ATTEMPTS, EnqueueOptions, milliseconds, short_text
+from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, Head, Status
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, check_options, milliseconds
 from millpond.service.core import Core, Defaults, QueueKey
 from millpond.service.payloads import Payload, Streamed, Summed, prepare
 from millpond.service.ready import Record
@@ -101,6 +101,30 @@ class Producing(Core):
             for draft, outcome in zip(drafts, outcomes, strict=True)
         ]
 
+    async def enqueue_each(
+        self, namespace: str | None, queue: str, messages: Sequence[tuple[Any, EnqueueOptions, str | None]]
+    ) -> list[Receipt]:
+        """As `enqueue_many`, each message with options of its own, and with the id that its producer chose for it, if
+        any (in place of ``options.message_id``). When one of them cannot be right, none is written."""
+        key = self.key(namespace, queue)
+        defaults = self.defaults_at_hand(key) or await self.defaults(key)
+        drafts: list[_Draft] = []
+        for index, (source, options, id) in enumerate(messages):
+            try:
+                if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
+                    made = self.ids.message_id() if id is None else names.message_id(id)
+                    stamp = self._stamp(0, defaults.ttl)
+                    drafts.append(self._plain(key, defaults, stamp, source, made, id is not None))
+                else:
+                    if id is not None:
+                        options = msgspec.structs.replace(options, message_id=id)
+                    drafts.append(await self._draft(key, defaults, source, options))
+            except InvalidInput as error:
+                raise type(error)(f"message {index} of the batch: {error}") from error
+        outcomes = await self.write([draft.op for draft in drafts])
+        self._tell(key, drafts, outcomes)
+        return [self._receipt(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
+
     async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
         if source.__class__ is Payload:
             if options.content_type is None:
@@ -137,29 +161,20 @@ class Producing(Core):
         delay = 0
         ttl, visibility, max_attempts = defaults.ttl, defaults.visibility, defaults.max_attempts
         priority = DEFAULT_PRIORITY
-        dedup_key = ordering_key = content_type = correlation_id = attributes = None
+        dedup_key = ordering_key = content_type = correlation_id = attributes = window = None
         if options is not DEFAULT_OPTIONS:
-            delay = milliseconds(options.delay, "delay")
-            if options.ttl is not None:
-                ttl = milliseconds(options.ttl, "ttl", positive=True)
-            if options.max_attempts is not None:
-                max_attempts = options.max_attempts
-            if options.visibility is not None:
-                visibility = milliseconds(options.visibility, "visibility", positive=True)
-            priority = options.priority
-            if priority.__class__ is not int or priority not in PRIORITIES:
-                raise InvalidInput(f"priority must be a whole number from 0 to 9, not {priority!r}")
-            if max_attempts.__class__ is not int or not 0 <= max_attempts <= MAX_ATTEMPTS:
-                raise InvalidInput(
-                    f"max_attempts must be a whole number from 1 to {MAX_ATTEMPTS:,} (0 means without limit)"
-                )
-            dedup_key = short_text(options.dedup_key, "dedup_key")
-            ordering_key = short_text(options.ordering_key, "ordering_key")
-            content_type = short_text(options.content_type, "content_type")
-            correlation_id = short_text(options.correlation_id, "correlation_id")
-            attributes = self._attributes(options.attributes)
-            if options.message_id is not None:
-                id = names.message_id(options.message_id)
+            wishes = check_options(options, self.config.max_attributes_bytes)
+            delay, priority, attributes, dedup_key = wishes.delay, wishes.priority, wishes.attributes, wishes.dedup_key
+            ordering_key, content_type = wishes.ordering_key, wishes.content_type
+            correlation_id, window = wishes.correlation_id, wishes.dedup_window
+            if wishes.ttl is not None:
+                ttl = wishes.ttl
+            if wishes.max_attempts is not None:
+                max_attempts = wishes.max_attempts
+            if wishes.visibility is not None:
+                visibility = wishes.visibility
+            if wishes.message_id is not None:
+                id = wishes.message_id
         stamp = self._stamp(delay, ttl)
         if id is None:
             id = self.ids.message_id() if not delay or ordering_key else self.ids.later_id(stamp.status.visible_at)
@@ -184,10 +199,7 @@ class Producing(Core):
         )
         unique = None
         if dedup_key is not None:
-            window = defaults.dedup_window
-            if options.dedup_window is not None:
-                window = milliseconds(options.dedup_window, "dedup_window", positive=True)
-            unique = Unique(dedup_key, stamp.now, stamp.now + window)
+            unique = Unique(dedup_key, stamp.now, stamp.now + (window or defaults.dedup_window))
         return _finish(stamp, head, data, unique, blob, options.message_id is not None)
 
     def _id(self, options: EnqueueOptions) -> str:
@@ -208,7 +220,7 @@ class Producing(Core):
         return stamp
 
     @staticmethod
-    def _plain(key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str) -> _Draft:
+    def _plain(key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str, chosen: bool = False) -> _Draft:
         """As `_build`, for a small payload without options: the common case without the detours."""
         head = Head(
             HEAD_FORMAT,
@@ -229,22 +241,7 @@ class Producing(Core):
             False,
             crc32(data),
         )
-        return _finish(stamp, head, data, None)
-
-    def _attributes(self, attributes: Any) -> dict[str, Any] | None:
-        if attributes is None:
-            return None
-        if not isinstance(attributes, dict) or not all(isinstance(name, str) for name in attributes):
-            raise InvalidInput("attributes must be a dict with text keys")
-        if not attributes:
-            return None
-        limit = self.config.max_attributes_bytes
-        # What was encoded is what is kept: later changes of the caller's dict must not show.
-        encoded, decoded = codec.encode_value(attributes, "attributes")
-        if len(encoded) > limit:
-            raise TooLarge(f"attributes take {len(encoded)} bytes, more than the limit of {limit}")
-        kept: dict[str, Any] = decoded
-        return kept
+        return _finish(stamp, head, data, None, "", chosen)
 
     def _tell(self, key: QueueKey, drafts: Sequence[_Draft], outcomes: Sequence[Outcome]) -> None:
         """Tell those who wait for messages of the queue, and its ready cache, what was inserted."""

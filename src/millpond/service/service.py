@@ -7,8 +7,9 @@ while the store works.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -16,12 +17,15 @@ from millpond import lifecycle
 from millpond.errors import InvalidInput, LeaseLost, MessageNotFound, MillpondError, StoreError
 from millpond.model import names
 from millpond.model.message import Lease, Status
-from millpond.service.config import QueuePolicy, check_count, milliseconds, short_text
+from millpond.service.config import QueuePolicy, changed_policy, check_count, milliseconds, short_text
 from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS, QueueKey, log
 from millpond.service.ready import ReadyCacheStats, Record
 from millpond.service.states import States
 from millpond.stores.base import Box, Cause, Conflict, Counts, Op, QueueName, Remove, Removed, Updated
+
+if TYPE_CHECKING:
+    from millpond.service.operations import Waiter
 
 PAGE = 500
 """Records per page when a whole box is worked through: bounded memory, shared commits."""
@@ -43,6 +47,61 @@ class MessageListResult(NamedTuple):
 class QueueService(States):
     """The queue's operations under the names of lockd's queue package, in snake_case, and what consumers call."""
 
+    waiter: Waiter | None = None
+    """Waits for those who come to receive (the dispatcher); without one nobody waits."""
+
+    # Receiving
+
+    async def receive(
+        self,
+        namespace: str,
+        queue: str,
+        count: int,
+        *,
+        wait: float | timedelta = 0.0,
+        visibility: float | None = None,
+        owner: str | None = None,
+    ) -> list[Delivery]:
+        """As `claim`, but wait up to ``wait`` seconds for the first message. Names are known to be good. Raises
+        TooManyConsumers besides."""
+        patience = milliseconds(wait, "wait") / 1000
+        waiter = self.waiter
+        if waiter is None or not patience:
+            return await self.claim(namespace, queue, count, visibility=visibility, owner=owner)
+        deliveries = await self.claim(
+            namespace,
+            queue,
+            count,
+            visibility=visibility,
+            owner=owner,
+            check_only=waiter.looks_after(namespace, queue),
+        )
+        if deliveries:
+            return deliveries
+        end = self.clock.monotonic() + patience
+        while (remaining := end - self.clock.monotonic()) > 0:
+            candidate = await waiter.wait(namespace, queue, timeout=remaining)
+            if candidate is None:
+                break
+            deliveries = await self.claim(
+                namespace, queue, count, visibility=visibility, owner=owner, candidates=(candidate,)
+            )
+            if deliveries:
+                return deliveries
+        return []
+
+    async def notify(self, namespace: str, queue: str) -> None:
+        """The queue may have changed: who waits looks at once."""
+        self.foreign_change(namespace, queue)
+        if self.waiter is not None:
+            self.waiter.notify(namespace, queue)
+
+    async def until_due(self, namespace: str | None, queue: str) -> float | None:
+        """Seconds until the earliest message that is not ready now comes due; None when there is none."""
+        now = self.clock.now_ms()
+        page = await self.store.ready(*self.key(namespace, queue), now, limit=1)
+        return None if page.next_due is None else max(0.0, (page.next_due - now) / 1000)
+
     # Looking
 
     async def get_message(self, namespace: str | None, queue: str, id: str) -> Record:
@@ -52,6 +111,10 @@ class QueueService(States):
         if record is None:
             raise MessageNotFound(f"there is no message {id} in queue {key[1]} of namespace {key[0]}")
         return record
+
+    def state_of(self, record: Record) -> str:
+        """How the message stands now: ``ready``, ``delayed``, ``leased``, ``lapsed`` or ``dead``."""
+        return lifecycle.state_of(record.status, self.clock.now_ms()).value
 
     async def list_messages(
         self, namespace: str | None, queue: str, *, after: int | None = None, limit: int = 100, box: Box = Box.LIVE
@@ -359,9 +422,7 @@ class QueueService(States):
     ) -> int:
         if ids is None:
             return await self._work_through(key, Box.DEAD, decide, done)
-        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-            raise InvalidInput("ids must be a list of message ids, or None for all")
-        wanted = dict.fromkeys([names.message_id(id) for id in ids])
+        wanted = names.message_ids(ids)
         records = [await self.dead_letter(*key, id) for id in wanted]
         planned = [(record, op) for record in records if (op := decide(record)) is not None]
         return await self._write_planned(planned, done)
@@ -373,6 +434,17 @@ class QueueService(States):
             raise MessageNotFound(f"message {id} is not a dead letter: it is still in queue {queue}")
         return record
 
+    async def list_dead_letters(
+        self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
+    ) -> list[Record]:
+        """Dead letters in order of insertion, from after the one with id ``after``. Raises MessageNotFound."""
+        start = None if after is None else (await self.dead_letter(namespace, queue, after)).item.key
+        while True:
+            page = await self.list_messages(namespace, queue, after=start, limit=limit, box=Box.DEAD)
+            if page.records or page.next_after is None:
+                return page.records
+            start = page.next_after  # A page of records that cannot be read; the next may have some that can.
+
     # Policy
 
     async def set_policy(self, namespace: str | None, queue: str, **fields: Any) -> QueuePolicy:
@@ -380,17 +452,8 @@ class QueueService(States):
 
         Raises InvalidInput for unknown fields and values out of range."""
         key = self.key(namespace, queue)
-        unknown = set(fields) - set(QueuePolicy.__struct_fields__)
-        if unknown:
-            raise InvalidInput(f"a queue policy has no {', '.join(sorted(unknown))}")
-
-        def change(policy: QueuePolicy) -> QueuePolicy:
-            try:
-                return QueuePolicy(**(msgspec.structs.asdict(policy) | fields))
-            except TypeError as error:
-                raise InvalidInput(f"a queue policy field has the wrong type: {error}") from error
-
-        return await self.change_policy(key, change)
+        changed_policy(QueuePolicy(), fields)  # what is wrong for any policy is so before anything is read
+        return await self.change_policy(key, lambda policy: changed_policy(policy, fields))
 
     async def reset_policy(self, namespace: str | None, queue: str) -> QueuePolicy:
         """Put the default policy in place of whatever the queue has, also of one that cannot be read. Safe to repeat.

@@ -35,6 +35,8 @@ class StateDocument(msgspec.Struct, frozen=True):
     value: Any
     created_at: int
     updated_at: int
+    version: int = 1
+    """One more with each write while the document lives; 1 also in one from before it was counted."""
 
 
 class StateResult(msgspec.Struct, frozen=True):
@@ -70,6 +72,10 @@ class States(Claiming):
         if record is None:
             raise MessageNotFound(f"there is no message {id} in queue {queue}")
         return await self._state_of(record)
+
+    async def held_state(self, delivery: Delivery) -> StateResult | None:
+        """The state of a message that is held; None when it has none. Raises LeaseLost."""
+        return await self._state_of(await self._held(delivery))
 
     async def ensure_state_exists(self, delivery: Delivery) -> str:
         """The ETag of the delivery's state, which is created with the value None if there is none. Raises LeaseLost."""
@@ -109,7 +115,8 @@ class States(Claiming):
             if etag == WHATEVER:
                 expect = existing.etag if existing else None
             created = existing.document.created_at if existing else now
-            data = _encoder.encode(StateDocument(STATE_FORMAT, raw, created, now))
+            version = existing.document.version + 1 if existing else 1
+            data = _encoder.encode(StateDocument(STATE_FORMAT, raw, created, now, version))
             if len(data) > limit:
                 raise TooLarge(f"the state takes {len(data)} bytes, more than the limit of {limit}")
             written = await self._write_state(delivery, PutState(record.item, record.mark, expect, data), etag)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from tests.conformance.queue import served
 from tests.servers.corner import ALL, CORNERS, MakeCorner
 from tests.unit.service.far import Far
 
@@ -34,10 +35,16 @@ STORES = (
     "memory-encrypted",
     "sqlite-encrypted",
     "objects-encrypted",
+    "http-memory",
+    "http-sqlite",
 )
-"""``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do. ``memory-paid``
+"""``http-…`` are ponds behind a server of their own, on loopback; what cannot apply to them is in `served.LEFT_OUT`.
+``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do. ``memory-paid``
 charges for requests besides, and is reached by others over the network, so that its ponds ask for less. Tests that are
 marked ``servers`` are run on servers that play clouds, too; all are with ``MILLPOND_SERVERS_ALL=1``."""
+REQUEST_PATIENCE = 0.05
+"""Seconds for which requests under way count as something that can run: one that waits for what the test holds up does
+not end by itself."""
 QUIET_ROUNDS = 30
 """Turns of the event loop without a store call under way, after which whatever could run has run."""
 
@@ -70,7 +77,8 @@ class World:
     """One store, as many ponds on it as the test wants, and the time."""
 
     def __init__(self, store: str, directory: Path, make_corner: MakeCorner | None = None) -> None:
-        self.store = store
+        self.http = store.startswith("http-")
+        self.store = store = store.removeprefix("http-")
         self.encrypted = store.endswith("-encrypted")
         self.clock = ManualClock()
         self.path = directory / "pond.db"
@@ -81,6 +89,7 @@ class World:
         self._bucket = MemoryBucket(clock=self.clock)
         self._made = 0
         self.stores: list[Busy] = []
+        self.served: list[served.ServedPond] = []
 
     def handle(self) -> Store:
         """A new handle on the bare store. What it waits for in there (locks) takes real time."""
@@ -111,7 +120,11 @@ class World:
             store = FaultyStore(store, plan)
         self._made += 1
         chance = random.Random(self._made)
-        return Pond(around(store), clock=self.clock, config=config, random_bytes=chance.randbytes)
+        pond = Pond(around(store), clock=self.clock, config=config, random_bytes=chance.randbytes)
+        if self.http:
+            pond = served.ServedPond(pond, random_bytes=random.Random(-self._made).randbytes)
+            self.served.append(pond)
+        return pond
 
     @asynccontextmanager
     async def queue(self, name: str = "orders", **options: Any) -> AsyncIterator[Queue]:
@@ -122,9 +135,13 @@ class World:
     async def settle(self) -> None:
         """Let everything run that can, until all of it waits for time or for somebody else."""
         quiet = 0
+        loop = asyncio.get_running_loop()
+        patience = loop.time() + REQUEST_PATIENCE
         while quiet < QUIET_ROUNDS:
             busy = self._busy()
             await asyncio.sleep(0.0005 if busy else 0)
+            if self.served and not busy and loop.time() < patience:
+                busy = any(pond.busy for pond in self.served)
             quiet = 0 if busy or self._busy() else quiet + 1
 
     def _busy(self) -> bool:
@@ -157,6 +174,10 @@ class World:
             assert loop.time() < end, "it did not happen"
             await asyncio.sleep(0.001)
 
+    def words(self, text: str) -> str | None:
+        """What an error of the store must say; over HTTP anything, for a server keeps the storage's words to itself."""
+        return None if self.http else text
+
     async def one(self, queue: Queue, **options: Any) -> Message:
         """Receive a message that must be there."""
         messages = await queue.receive(**options)
@@ -167,8 +188,9 @@ class World:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """On which stores a test is run."""
     if "world" in metafunc.fixturenames:
-        served = ALL or any(metafunc.definition.iter_markers("servers"))
-        metafunc.parametrize("world", [*STORES, *(CORNERS if served else ())], indirect=True)
+        with_servers = ALL or any(metafunc.definition.iter_markers("servers"))
+        known = [name for name in STORES if not name.startswith("http-") or served.applies(name, metafunc.definition)]
+        metafunc.parametrize("world", [*known, *(CORNERS if with_servers else ())], indirect=True)
 
 
 @pytest.fixture

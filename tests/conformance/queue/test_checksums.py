@@ -77,7 +77,7 @@ SIZES = [1, 1000, 40_000, LARGE]
 async def test_a_payload_that_rotted_is_the_consumers_to_know(world: World, size: int) -> None:
     async with world.queue(around=rotting) as producer, world.queue() as consumer:
         receipt = await producer.enqueue(b"x" * size, max_attempts=1)
-        names_it = f"{receipt.message_id} in default/orders is damaged"
+        names_it = world.words(f"{receipt.message_id} in default/orders is damaged")
         for _ in range(2):
             with pytest.raises(StoreCorrupt, match=names_it):
                 await (await consumer.get(receipt.message_id)).payload()

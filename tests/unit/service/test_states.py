@@ -49,6 +49,7 @@ async def test_the_format_is_as_written_down(bench: Bench) -> None:
             "value": {"step": 1},
             "created_at": now,
             "updated_at": now,
+            "version": 1,
         }
 
 
@@ -59,7 +60,7 @@ async def test_a_state_remembers_when_it_was_made_and_when_it_was_changed(bench:
         await bench.service.save_state(delivery, 1)
         bench.clock.advance(5)
         await bench.service.save_state(delivery, 2)
-        assert await stored(bench, delivery) == StateDocument(STATE_FORMAT, 2, made, made + 5000)
+        assert await stored(bench, delivery) == StateDocument(STATE_FORMAT, 2, made, made + 5000, 2)
 
 
 async def test_what_was_read_cannot_be_changed(bench: Bench) -> None:

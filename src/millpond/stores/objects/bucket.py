@@ -64,12 +64,6 @@ class ObjectChanged(StoreError):
     code = "object_changed"
 
 
-class OutcomeUnknown(StoreError):
-    """The request was sent and no usable reply came back: it may have taken place, now or a little later."""
-
-    code = "outcome_unknown"
-
-
 class Bucket(Protocol):
     """A bucket, or the part of one below a prefix. Names are relative to it, without a leading slash.
 

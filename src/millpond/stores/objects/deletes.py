@@ -10,8 +10,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from millpond.errors import StoreError
-from millpond.stores.objects.bucket import Bucket, OutcomeUnknown
+from millpond.errors import OutcomeUnknown, StoreError
+from millpond.stores.objects.bucket import Bucket
 
 FLIGHTS = 8
 """Requests under way at once. While there are fewer nothing waits; from then on what comes gathers for the next one."""

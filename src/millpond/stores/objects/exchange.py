@@ -12,19 +12,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import NamedTuple, TypeVar
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
-from millpond.stores.objects.bucket import (
-    Bucket,
-    Content,
-    Entry,
-    Folder,
-    ObjectChanged,
-    ObjectExists,
-    OutcomeUnknown,
-    Tag,
-)
+from millpond.stores.objects.bucket import Bucket, Content, Entry, Folder, ObjectChanged, ObjectExists, Tag
 from millpond.stores.objects.deletes import Deletes, TooLate
 from millpond.stores.objects.index import same
 

@@ -24,18 +24,9 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import NamedTuple, TypeVar
 
-from millpond.errors import StoreBusy, StoreCorrupt, StoreError
+from millpond.errors import OutcomeUnknown, StoreBusy, StoreCorrupt, StoreError
 from millpond.stores.faulty import Crash, Gate
-from millpond.stores.objects.bucket import (
-    Bucket,
-    Content,
-    Entry,
-    Folder,
-    ObjectChanged,
-    ObjectExists,
-    OutcomeUnknown,
-    Tag,
-)
+from millpond.stores.objects.bucket import Bucket, Content, Entry, Folder, ObjectChanged, ObjectExists, Tag
 
 T = TypeVar("T")
 

@@ -15,10 +15,10 @@ from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from millpond.errors import MessageNotFound, StoreBusy, StoreClosed, StoreCorrupt, StoreError
+from millpond.errors import MessageNotFound, OutcomeUnknown, StoreBusy, StoreClosed, StoreCorrupt, StoreError
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
-from millpond.stores.objects.bucket import Content, Entry, Folder, ObjectChanged, ObjectExists, OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Content, Entry, Folder, ObjectChanged, ObjectExists, Tag
 from millpond.stores.objects.clouds import CREDENTIALS, PERMISSIONS, Cloud
 from millpond.stores.objects.replies import Outcome, Reply, read_reply
 

@@ -17,12 +17,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import msgspec
 
-from millpond.errors import MillpondError, StoreBusy, StoreError, StoreMismatch
+from millpond.errors import MillpondError, OutcomeUnknown, StoreBusy, StoreError, StoreMismatch
 from millpond.model.clock import Clock
 from millpond.model.ids import IdSource
 from millpond.stores.base import Finding
 from millpond.stores.objects import names
-from millpond.stores.objects.bucket import Bucket, Content, Entry, ObjectChanged, ObjectExists, OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Bucket, Content, Entry, ObjectChanged, ObjectExists, Tag
 
 VERSION = 1
 """Of what is asked at opening. Raised when more is, so that buckets are asked again."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from millpond.errors import StoreClosed, StoreError, StoreMismatch
+from millpond.errors import OutcomeUnknown, StoreClosed, StoreError, StoreMismatch
 from millpond.model.clock import Clock
 from millpond.stores.base import (
     Blob,
@@ -47,7 +47,7 @@ from millpond.stores.base import (
 )
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
-from millpond.stores.objects.bucket import Bucket, Content, OutcomeUnknown
+from millpond.stores.objects.bucket import Bucket, Content
 from millpond.stores.objects.engine import MARGIN, Engine, Options, log
 from millpond.stores.objects.feed import HostFeed
 from millpond.stores.objects.find import Finder

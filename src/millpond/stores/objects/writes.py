@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import msgspec
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.stores.base import (
     Box,
     Cause,
@@ -33,7 +33,7 @@ from millpond.stores.base import (
 )
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
-from millpond.stores.objects.bucket import Content, OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Content, Tag
 from millpond.stores.objects.deletes import TooLate
 from millpond.stores.objects.engine import Engine, log
 from millpond.stores.objects.exchange import undecided

@@ -411,7 +411,8 @@ class SqliteStore:
 
     def statistics(self) -> dict[str, Any]:
         """Of this store: commits, calls, ops, largest_commit, commit_seconds, lock_waits, lock_wait_seconds,
-        batches_in_thread, busy_errors, failed_commits, jobs, news_*; of the file: wal_bytes."""
+        batches_in_thread, busy_errors, failed_commits, jobs, news_*; waiting_ops, which wait for a commit now; of the
+        file: wal_bytes."""
         if not self._opened:
             return {}
         try:
@@ -419,7 +420,7 @@ class SqliteStore:
         except FileNotFoundError:
             wal = 0
         news = {f"news_{name}": number for name, number in self._feed.numbers.items()}
-        return {**self._writer.numbers, **news, "wal_bytes": wal}
+        return {**self._writer.numbers, **news, "waiting_ops": self._writer.waiting_ops, "wal_bytes": wal}
 
     def requests(self) -> dict[QueueName | None, Requests]:
         """None are made."""

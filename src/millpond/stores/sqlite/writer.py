@@ -122,6 +122,11 @@ class Writer:
             "batches_in_thread": 0,
         }
 
+    @property
+    def waiting_ops(self) -> int:
+        """Ops that no transaction has taken up yet."""
+        return sum([call.size for call in tuple(self._pending)])  # the thread may take some meanwhile
+
     # Submitting
 
     def submit(self, ops: Sequence[Op], atomic: bool) -> asyncio.Future[list[Outcome]]:

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 from tests.unit.stores.objects.rig import DROPPED, LOST, REFUSED, Network, Rig
 
-from millpond.errors import StoreError
-from millpond.stores.objects.bucket import OutcomeUnknown
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.store import ObjectStore
 

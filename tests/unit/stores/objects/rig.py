@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.model.clock import ManualClock, TimerHandle
 from millpond.stores.base import Box, Insert, Inserted, Item, Mark, Op, Outcome, Store, Stored, Unique, Update
 from millpond.stores.conformance.harness import NOW, ident
-from millpond.stores.objects.bucket import Content, Entry, Folder, OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Content, Entry, Folder, Tag
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.store import ObjectStore
 

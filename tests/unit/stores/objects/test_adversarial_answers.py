@@ -8,6 +8,7 @@ import pytest
 from tests.unit.stores.objects.late import Scripted, scripted
 from tests.unit.stores.objects.rig import DROPPED, LOST, NOW, QUEUE, Rig, apply, fresh, give_back, insert, lease
 
+from millpond.errors import OutcomeUnknown
 from millpond.stores.base import (
     Box,
     Cause,
@@ -23,7 +24,6 @@ from millpond.stores.base import (
     Update,
     Updated,
 )
-from millpond.stores.objects.bucket import OutcomeUnknown
 from millpond.stores.objects.store import ObjectStore
 
 UNTIL = NOW + 10**6

@@ -20,10 +20,10 @@ from tests.unit.stores.objects.rig import (
     picture,
 )
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.stores.base import Box, Cause, Conflict, Inserted, Mark, Remove, Removed, Unique, Updated
 from millpond.stores.objects import names
-from millpond.stores.objects.bucket import OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Tag
 from millpond.stores.objects.store import ObjectStore
 
 UNTIL = NOW + 10**6

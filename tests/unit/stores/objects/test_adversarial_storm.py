@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 from tests.unit.stores.objects.rig import Crash, Hasty, Network, fresh, uuid_at
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.model.clock import CorrectedClock
 from millpond.stores.base import (
     Box,
@@ -29,7 +29,6 @@ from millpond.stores.base import (
     Updated,
 )
 from millpond.stores.conformance.harness import NOW
-from millpond.stores.objects.bucket import OutcomeUnknown
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.store import ObjectStore
 

@@ -8,10 +8,9 @@ import pytest
 from tests.unit.stores.objects.late import Scripted, script, scripted
 from tests.unit.stores.objects.rig import BEFORE, NOW, QUEUE, REFUSED, Rig, apply, fresh, insert, lease, picture
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.stores.base import Box, Cause, Conflict, Insert, Inserted, Remove, Removed, Unique, Updated
 from millpond.stores.objects import names
-from millpond.stores.objects.bucket import OutcomeUnknown
 from millpond.stores.objects.store import ObjectStore
 
 UNTIL = NOW + 10**6

@@ -29,10 +29,10 @@ from tests.servers.faults import (
 )
 from tests.servers.process import Server
 
-from millpond.errors import MillpondError, StoreBusy, StoreCorrupt, StoreError
+from millpond.errors import MillpondError, OutcomeUnknown, StoreBusy, StoreCorrupt, StoreError
 from millpond.model.clock import ManualClock, TimerHandle
 from millpond.stores.base import QueueName
-from millpond.stores.objects.bucket import ObjectChanged, ObjectExists, OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import ObjectChanged, ObjectExists, Tag
 from millpond.stores.objects.obstore_bucket import (
     DELETE_WINDOW,
     FIRST_PAUSE,

@@ -7,10 +7,9 @@ import asyncio
 import pytest
 from tests.unit.stores.objects.rig import DROPPED, LOST, NOW, REFUSED, Network, Rig, apply, fresh, insert, lease
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.stores.base import Conflict, Remove, Removed, Updated
 from millpond.stores.objects import deletes
-from millpond.stores.objects.bucket import OutcomeUnknown
 from millpond.stores.objects.deletes import Deletes
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.store import ObjectStore

@@ -25,7 +25,7 @@ from tests.unit.stores.objects.rig import (
     replace,
 )
 
-from millpond.errors import StoreError
+from millpond.errors import OutcomeUnknown, StoreError
 from millpond.stores.base import (
     Box,
     Conflict,
@@ -44,7 +44,6 @@ from millpond.stores.base import (
     Updated,
 )
 from millpond.stores.conformance.harness import chunks
-from millpond.stores.objects.bucket import OutcomeUnknown
 from millpond.stores.objects.store import ObjectStore
 
 FAULTS = (LOST, DROPPED, REFUSED, BEFORE, AFTER)

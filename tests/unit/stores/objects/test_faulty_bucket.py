@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from millpond.errors import StoreBusy, StoreCorrupt, StoreError
+from millpond.errors import OutcomeUnknown, StoreBusy, StoreCorrupt, StoreError
 from millpond.model.clock import ManualClock
 from millpond.stores.faulty import Crash, Gate
-from millpond.stores.objects.bucket import Content, Entry, ObjectChanged, ObjectExists, OutcomeUnknown
+from millpond.stores.objects.bucket import Content, Entry, ObjectChanged, ObjectExists
 from millpond.stores.objects.faulty_bucket import (
     CHANGING,
     READING,

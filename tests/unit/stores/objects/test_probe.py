@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from millpond.errors import MillpondError, StoreBusy, StoreError, StoreMismatch
+from millpond.errors import MillpondError, OutcomeUnknown, StoreBusy, StoreError, StoreMismatch
 from millpond.model.clock import ManualClock
 from millpond.model.ids import IdSource
 from millpond.stores.base import Finding
 from millpond.stores.objects import names
-from millpond.stores.objects.bucket import Content, Entry, ObjectChanged, ObjectExists, OutcomeUnknown, Tag
+from millpond.stores.objects.bucket import Content, Entry, ObjectChanged, ObjectExists, Tag
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.probe import GOOD_FOR, check_at_opening, probe
 

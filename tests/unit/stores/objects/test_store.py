@@ -23,7 +23,7 @@ from tests.unit.stores.objects.rig import (
     replace,
 )
 
-from millpond.errors import StoreCorrupt, StoreError, StoreMismatch
+from millpond.errors import OutcomeUnknown, StoreCorrupt, StoreError, StoreMismatch
 from millpond.model.clock import ManualClock
 from millpond.stores.base import (
     Box,
@@ -41,7 +41,6 @@ from millpond.stores.base import (
 )
 from millpond.stores.conformance.harness import chunks
 from millpond.stores.objects import names
-from millpond.stores.objects.bucket import OutcomeUnknown
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.records import Kind
 from millpond.stores.objects.store import ObjectStore

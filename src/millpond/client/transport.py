@@ -1,0 +1,567 @@
+"""Requests to servers and what comes back: connections, failover, time-outs, and when to send something again.
+
+Invariants: nothing is sent twice unless whoever asked said that it may be (``repeat``); who asked is told whether an
+earlier try may have been carried out (`Attempt.unsure`); a body that cannot be made again is never sent again once its
+first byte has been given away; and no try outlives the call's time-out. What an answer means is not known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from millpond.client.address import Address
+from millpond.client.lane import CONNECT_TIMEOUT, IDLE, Answer, Connection, Lane
+from millpond.errors import InvalidInput, MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
+from millpond.model.clock import Clock, TimerHandle
+from millpond.model.ids import IdSource
+from millpond.wire import faults
+from millpond.wire.headers import MSGPACK
+
+TRIES_PER_TIMEOUT = 3
+"""Of a call's time-out each try has a third at most: a server that hangs must leave time for the next one."""
+CONNECTIONS = 128
+"""Calls under way at a time, but for those that wait for messages."""
+STREAMS = 64
+"""Payloads that are streamed at a time."""
+FIRST_PAUSE = 0.05
+"""Seconds before a call is sent again to the only server there is; it doubles, and half of it is chance."""
+LONGEST_PAUSE = 2.0
+FIRST_REST = 1.0
+"""Seconds for which a server that failed comes last; it doubles with each failure in a row."""
+LONGEST_REST = 30.0
+MAX_ANSWER = 256 * 1024 * 1024
+"""No answer that is read as a whole is larger."""
+_SERVER_AWAY = frozenset({"node_passive", "shutdown_draining"})
+"""Codes by which a server sends everybody to another one; nothing was done."""
+_LATER = frozenset({"throttled"})
+"""Codes by which a server puts off this one call; nothing was done."""
+_PROXY = frozenset({502, 503, 504})
+"""What a proxy answers of its own when the server behind it does not; something may have been done."""
+
+
+class Link:
+    """The connection that a try goes over, once it has one."""
+
+    __slots__ = ("cut_off", "lane", "stream")
+
+    def __init__(self) -> None:
+        self.lane: Connection | None = None
+        self.stream: Any = None
+        """aiohttp's, of a payload that is streamed."""
+        self.cut_off = False
+        """We ended it: it took too long, or nobody wants it any more."""
+
+    @property
+    def used(self) -> bool:
+        """The request went out, or began to."""
+        return self.lane is not None or self.stream is not None
+
+    def cut(self) -> None:
+        """End the connection; who waits for an answer on it is told."""
+        self.cut_off = True
+        if self.lane is not None:
+            self.lane.abort()
+        elif self.stream is not None and self.stream.transport is not None:
+            self.stream.transport.abort()
+
+    def hang_up(self) -> None:
+        """Say that nothing more comes, and still read what is on its way."""
+        self.cut_off = True
+        if self.lane is not None:
+            self.lane.hang_up()
+        else:
+            self.cut()
+
+
+_link: ContextVar[Link] = ContextVar("millpond_link")
+
+
+class _Request(aiohttp.ClientRequest):
+    """A request that says which connection it went out on."""
+
+    async def send(self, conn: Any) -> aiohttp.ClientResponse:
+        link = _link.get(None)
+        if link is not None:
+            link.stream = conn
+        return await super().send(conn)
+
+
+class Attempt:
+    """One call, over all its tries."""
+
+    __slots__ = ("given_up", "link", "unsure")
+
+    def __init__(self, unsure: bool = False) -> None:
+        self.unsure = unsure
+        """It was sent before, and no answer came: it may have been carried out."""
+        self.given_up = False
+        self.link: Link | None = None
+        """Of the try that is under way."""
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more: no further try, and the server is to know."""
+        self.given_up = True
+        if self.link is not None:
+            self.link.hang_up()
+
+
+class _Trouble(Exception):
+    """A try that came to nothing."""
+
+    def __init__(self, text: str, *, sent: bool) -> None:
+        super().__init__(text)
+        self.sent = sent
+        """The server may have seen it."""
+
+
+class Endpoint:
+    """A server, and how it has done lately."""
+
+    __slots__ = ("failures", "lane", "rests_until", "trouble", "url")
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.lane: Lane | None = None
+        """Its connections, from its first call on."""
+        self.failures = 0
+        self.rests_until = float("-inf")
+        self.trouble = ""
+
+    def well(self) -> None:
+        """It answers."""
+        if self.failures:
+            self.failures, self.rests_until, self.trouble = 0, float("-inf"), ""
+
+    def failed(self, now: float, trouble: str, rest: float | None = None) -> None:
+        """It does not, so that it comes last for a while."""
+        self.failures += 1
+        own = min(LONGEST_REST, FIRST_REST * 2 ** min(self.failures - 1, 10))
+        self.rests_until = now + (own if rest is None else min(rest, LONGEST_REST))
+        self.trouble = trouble
+
+
+class Transport:
+    """The way to the servers of one store."""
+
+    def __init__(self, address: Address, clock: Clock, ids: IdSource) -> None:
+        """Opens nothing. Raises InvalidInput for certificates that are none."""
+        self._address = address
+        self._clock = clock
+        self.io_clock = clock
+        """What tries and pauses are timed by. A test whose clock stands still while bytes travel sets another."""
+        self._ids = ids
+        self._tls = address.tls()
+        self.endpoints = [Endpoint(url) for url in address.endpoints]
+        self._current = self.endpoints[0]
+        self._headers = {"Content-Type": MSGPACK, "Accept": MSGPACK}
+        if address.token is not None:
+            self._headers["Authorization"] = f"Bearer {address.token}"
+        self._places = asyncio.Semaphore(CONNECTIONS)
+        self._streams: aiohttp.ClientSession | None = None
+        self._opened = self._closed = False
+        self._urls: dict[tuple[str, str], URL] = {}
+        self.requests = self.failures = self.repeats = self.under_way = 0
+        """Tries made, those that came to nothing, those that followed one, and those that wait for their answer."""
+
+    @property
+    def where(self) -> str:
+        """The servers, for people."""
+        return ", ".join(endpoint.url for endpoint in self.endpoints)
+
+    @property
+    def current(self) -> str:
+        """The server that is asked first."""
+        return self._current.url
+
+    async def open(self) -> None:
+        """Be ready to connect; connects to nothing."""
+        self._opened = True
+
+    def _session(self) -> aiohttp.ClientSession:
+        """For payloads that are streamed; made for the first of them."""
+        if self._streams is None:
+            self._streams = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(
+                    ssl=True if self._tls is None else self._tls, limit=STREAMS, keepalive_timeout=IDLE
+                ),
+                headers=self._headers,
+                skip_auto_headers=("User-Agent", "Accept-Encoding"),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+                auto_decompress=False,
+                request_class=_Request,
+            )
+        return self._streams
+
+    async def close(self) -> None:
+        """Close every connection. Safe to repeat."""
+        self._closed = True
+        for endpoint in self.endpoints:
+            if endpoint.lane is not None:
+                endpoint.lane.close()
+        if self._streams is not None:
+            await self._streams.close()
+
+    # Calls
+
+    async def call(
+        self,
+        path: str,
+        body: Callable[[], bytes] | bytes,
+        *,
+        attempt: Attempt | None = None,
+        wait: float = 0.0,
+        repeat: bool = True,
+        changes: bool = True,
+        within: float | None = None,
+    ) -> bytes:
+        """The body of a successful answer. ``wait``: seconds that the server may take before it answers. ``repeat``: it
+        may be sent again when no answer came. ``changes``: something may have been done then. ``within``: seconds, in
+        place of the time-out. Raises what the server's fault stands for, StoreUnreachable, and OutcomeUnknown when
+        nothing more can be tried and it may have been done."""
+        a_try = self._address.timeout / TRIES_PER_TIMEOUT + wait
+
+        async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
+            if wait:
+                return await self._ask(endpoint, path, body, link, min(a_try, left))
+            # At most so many at once; more only queue up in the server. Waits are not counted, so that answers never
+            # stand behind them.
+            async with self._places:
+                return await self._ask(endpoint, path, body, link, min(a_try, left))
+
+        return await self._persist(once, attempt or Attempt(), wait=wait, repeat=repeat, changes=changes, within=within)
+
+    async def upload(
+        self,
+        path: str,
+        content_type: str,
+        body: Callable[[], AsyncIterator[bytes]],
+        *,
+        again: bool,
+        attempt: Attempt,
+    ) -> bytes:
+        """As `call`, with a body in chunks. ``again``: the body can be made again; otherwise nothing is sent again
+        after its first chunk. How long it takes is the source's to say: only an answer has a time-out."""
+        given = 0
+        wrong: BaseException | None = None
+        limit = self._address.timeout / TRIES_PER_TIMEOUT
+        timers: list[TimerHandle] = []
+
+        def watch(link: Link) -> None:
+            while timers:
+                timers.pop().cancel()
+            timers.append(self.io_clock.call_later(limit, link.cut))
+
+        async def chunks(link: Link) -> AsyncIterator[bytes]:
+            nonlocal given, wrong
+            source = body()
+            try:
+                async for chunk in source:
+                    given += 1
+                    watch(link)
+                    yield chunk
+                    timers.pop().cancel()
+                watch(link)
+            except BaseException as error:
+                # aiohttp would make a connection's trouble of it.
+                wrong = error
+                raise
+            finally:
+                close = getattr(source, "aclose", None)
+                if close is not None:
+                    await close()
+
+        async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
+            headers = {"Content-Type": content_type, "Accept": "application/json"}
+            try:
+                return await self._exchange(endpoint, path, chunks(link), link, None, headers)
+            except _Trouble as trouble:
+                if isinstance(wrong, Exception):
+                    raise wrong from None
+                if given and not again:
+                    raise OutcomeUnknown(
+                        f"the payload broke off on its way to {endpoint.url} ({trouble}), and cannot be sent again "
+                        "from its beginning: enqueue it anew, with the same message_id or dedup_key if you gave one"
+                    ) from None
+                raise
+            finally:
+                while timers:
+                    timers.pop().cancel()
+
+        return await self._persist(once, attempt)
+
+    async def download(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
+        """The body of an answer in chunks. Raises as `call`; StoreUnreachable when it breaks off."""
+        opened: list[tuple[aiohttp.ClientResponse, Link]] = []
+        limit = self._address.timeout / TRIES_PER_TIMEOUT
+
+        async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
+            keep: list[aiohttp.ClientResponse] = []
+            answer = await self._exchange(endpoint, path, body, link, min(limit, left), keep=keep)
+            opened.extend((response, link) for response in keep)
+            return answer
+
+        await self._persist(once, Attempt(), changes=False)
+        [(response, link)] = opened
+        received = 0
+        try:
+            while True:
+                timer = self.io_clock.call_later(limit, link.cut)
+                try:
+                    chunk = await response.content.readany()
+                finally:
+                    timer.cancel()
+                if not chunk:
+                    break
+                received += len(chunk)
+                yield chunk
+            response.release()
+        except (aiohttp.ClientError, OSError) as error:
+            raise StoreUnreachable(
+                f"the payload broke off after {received} bytes from {response.url.origin()} ({_words(error)}); read it "
+                "again"
+            ) from error
+        finally:
+            response.close()
+
+    async def _persist(
+        self,
+        once: Callable[[Endpoint, Link, float], Awaitable[Answer]],
+        attempt: Attempt,
+        *,
+        wait: float = 0.0,
+        repeat: bool = True,
+        changes: bool = True,
+        within: float | None = None,
+    ) -> bytes:
+        clock, now = self._clock, self._clock.monotonic()
+        timeout = self._address.timeout if within is None else min(within, self._address.timeout)
+        end = now + timeout + wait
+        tries = 0
+        while True:
+            endpoint = self._choose(now)
+            attempt.link = link = Link()
+            self.requests += 1
+            later: float | None = None
+            refusal: MillpondError | None = None
+            try:
+                answer = await self._counted(once(endpoint, link, max(0.001, end - now)))
+            except _Trouble as trouble:
+                self.failures += 1
+                attempt.unsure |= trouble.sent
+                endpoint.failed(clock.monotonic(), str(trouble))
+                if trouble.sent and not repeat:
+                    raise OutcomeUnknown(
+                        f"{endpoint.url} was asked, and no answer came ({trouble}): it may have been done; look, and "
+                        "ask again if it was not"
+                    ) from None
+            else:
+                if answer.status == 200:
+                    endpoint.well()
+                    return answer.data
+                later = _seconds(answer.retry_after)
+                fault = faults.decode(answer.data)
+                if fault is None:
+                    proxy = f"status {answer.status} without a word of a Millpond server"
+                    if answer.status not in _PROXY:
+                        raise StoreError(f"{endpoint.url} answers with {proxy}: is it one?")
+                    attempt.unsure = True
+                    endpoint.failed(clock.monotonic(), proxy, later)
+                    if not repeat:
+                        raise OutcomeUnknown(f"{endpoint.url} answers with {proxy}: it may have been done")
+                else:
+                    refusal = faults.exception(answer.status, fault.error, fault.detail)
+                    if fault.error in _SERVER_AWAY:
+                        endpoint.failed(clock.monotonic(), fault.error, later)
+                        refusal = None
+                    elif fault.error not in _LATER:
+                        endpoint.well()
+                        raise refusal
+            self._check_wanted(attempt)
+            now = clock.monotonic()
+            pause = self._pause(now, tries, later, refusal is not None)
+            tries += 1
+            if now + pause >= end:
+                raise self._exhausted(timeout, attempt.unsure and changes) if refusal is None else refusal
+            if pause:
+                await self._sleep(pause)
+                now = clock.monotonic()
+            self._check_wanted(attempt)
+            self.repeats += 1
+
+    async def _counted(self, call: Awaitable[Answer]) -> Answer:
+        self.under_way += 1
+        try:
+            return await call
+        finally:
+            self.under_way -= 1
+
+    def _check_wanted(self, attempt: Attempt) -> None:
+        if attempt.given_up or self._closed:
+            raise StoreClosed("the pond was closed, or the call cancelled, while it was under way")
+
+    def _choose(self, now: float) -> Endpoint:
+        current = self._current
+        if current.rests_until > now:
+            # The first that does not rest, in the order given; else the one whose rest ends first.
+            current = self._current = min(self.endpoints, key=lambda each: max(each.rests_until, now))
+        return current
+
+    def _pause(self, now: float, tries: int, later: float | None, put_off: bool) -> float:
+        """Seconds until the next try. None at all where there is another server to go to; ``put_off``: the server is
+        well, and wants this call later."""
+        if not put_off and any(endpoint.rests_until <= now for endpoint in self.endpoints):
+            return 0.0
+        if not tries and later is None:
+            return 0.0  # a connection that was kept may have ended meanwhile, with nothing wrong
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(tries, 10))
+        least = pause / 2 if later is None else later
+        return least + pause / 2 * self._ids.below(1001) / 1000
+
+    def _exhausted(self, timeout: float, unsure: bool) -> StoreError:
+        seconds = f"{timeout:g} s"
+        said = "; ".join(f"{each.url}: {each.trouble}" for each in self.endpoints if each.trouble)
+        if unsure:
+            return OutcomeUnknown(f"no answer came within {seconds}, and it may have been done ({said})")
+        return StoreUnreachable(f"no server could do it within {seconds} ({said})")
+
+    async def _sleep(self, seconds: float) -> None:
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = self.io_clock.call_later(seconds, lambda: None if over.done() else over.set_result(None))
+        try:
+            await over
+        finally:
+            timer.cancel()
+
+    # One try
+
+    def _check_open(self) -> None:
+        if not self._opened or self._closed:
+            raise StoreClosed("this pond is not open; use it with `async with`")
+
+    async def _ask(
+        self, endpoint: Endpoint, path: str, body: Callable[[], bytes] | bytes, link: Link, limit: float
+    ) -> Answer:
+        """A call: send it, and read the answer. Raises _Trouble."""
+        self._check_open()
+        lane = endpoint.lane
+        if lane is None:
+            lane = endpoint.lane = Lane(endpoint.url, self._tls, self._headers, MAX_ANSWER)
+        connection: Connection | None = None
+        timer: TimerHandle | None = None
+        try:
+            connection = await lane.connection()
+            request = lane.request(path, body if isinstance(body, bytes) else body())
+            link.lane = connection
+            timer = self.io_clock.call_later(limit, link.cut)
+            return await connection.ask(request)
+        except OSError as error:
+            if self._closed:
+                raise StoreClosed("the pond was closed while this call was under way") from None
+            text = "no answer in time" if link.cut_off else _words(error)
+            raise _Trouble(text, sent=link.used) from error
+        except asyncio.CancelledError:
+            if connection is not None:
+                connection.abort()  # its answer would be taken for the next one's
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if connection is not None:
+                lane.put_back(connection)
+
+    async def _exchange(
+        self,
+        endpoint: Endpoint,
+        path: str,
+        body: Any,
+        link: Link,
+        limit: float | None,
+        headers: dict[str, str] | None = None,
+        keep: list[aiohttp.ClientResponse] | None = None,
+    ) -> Answer:
+        """Send it and read the answer; ``keep`` gets the response of a success instead, unread. Raises _Trouble."""
+        self._check_open()
+        session = self._session()
+        _link.set(link)
+        timer: TimerHandle | None = None if limit is None else self.io_clock.call_later(limit, link.cut)
+        response: aiohttp.ClientResponse | None = None
+        try:
+            response = await session.request(
+                "POST", self._url(endpoint, path), data=body, headers=headers, allow_redirects=False
+            )
+            if keep is not None and response.status == 200:
+                keep.append(response)
+                response = None
+                return Answer(200, None, b"")
+            return Answer(response.status, response.headers.get("Retry-After"), await self._read(response))
+        except (aiohttp.ClientError, OSError) as error:  # time-outs are OSErrors
+            if self._closed:
+                raise StoreClosed("the pond was closed while this call was under way") from None
+            if isinstance(error, aiohttp.InvalidURL):
+                raise InvalidInput(f"{endpoint.url} is no URL of a server") from error
+            text = "no answer in time" if link.cut_off else _words(error)
+            raise _Trouble(text, sent=link.used) from error
+        except RuntimeError as error:
+            # aiohttp's word for a session that was closed meanwhile.
+            if not self._closed:
+                raise
+            raise StoreClosed("the pond was closed while this call was under way") from error
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if response is not None:
+                response.release()
+
+    @staticmethod
+    async def _read(response: aiohttp.ClientResponse) -> bytes:
+        length = response.content_length
+        if length is not None and length <= MAX_ANSWER:
+            return await response.read()
+        parts: list[bytes] = []
+        size = 0
+        async for chunk in response.content.iter_any():
+            size += len(chunk)
+            if size > MAX_ANSWER:
+                response.close()
+                raise StoreError(f"{response.url.origin()} answers with more than {MAX_ANSWER} bytes; ask for less")
+            parts.append(chunk)
+        return b"".join(parts)
+
+    def _url(self, endpoint: Endpoint, path: str) -> URL:
+        key = (endpoint.url, path)
+        url = self._urls.get(key)
+        if url is None:
+            url = self._urls[key] = URL(endpoint.url + path)
+        return url
+
+
+def _seconds(value: str | None) -> float | None:
+    """A Retry-After in seconds; None for none, and for a date, which no server of ours sends."""
+    if value is None:
+        return None
+    with contextlib.suppress(ValueError):
+        return min(max(0.0, float(value)), 3600.0)
+    return None
+
+
+def _words(error: BaseException) -> str:
+    """What went wrong with a connection, without addresses, which are said beside it."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"its certificate is not accepted: {error.certificate_error}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "it closed the connection"
+    return str(error) or type(error).__name__

@@ -1,0 +1,72 @@
+"""`connect`: from a URL to a pond, on a store of one's own or behind a server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from millpond.errors import InvalidInput, StoreError
+from millpond.model.clock import Clock, SystemClock
+from millpond.pond import DEFAULT_URL, Pond, open_store
+from millpond.stores.base import Reach
+
+if TYPE_CHECKING:
+    from millpond.crypto.keyring import Keyring
+    from millpond.service.config import Config
+
+SERVERS = ("http", "https")
+"""Schemes of URLs that name a server."""
+
+
+def connect(
+    url: str = DEFAULT_URL,
+    *,
+    keyring: Keyring | None = None,
+    config: Config | None = None,
+    clock: Clock | None = None,
+    accept_plain: bool = False,
+    token: str | None = None,
+    ca: str | None = None,
+    cert: str | None = None,
+    key: str | None = None,
+    timeout: float | None = None,
+) -> Pond:
+    """A pond on the store that ``url`` names; open it with ``async with``.
+
+    ``sqlite:///relative.db``, ``sqlite:////absolute.db``, ``s3://bucket/prefix``, ``gs://bucket/prefix``,
+    ``az://container/prefix``, ``memory://``. With a ``keyring`` everything is encrypted before it reaches the store;
+    ``accept_plain`` then lets in what is not encrypted yet, for the time in which
+    ``pond.rekey(encrypt_plain=True)`` encrypts an existing store.
+
+    ``http://host:9341`` and ``https://…`` are a Millpond server, or several of one store
+    (``http://one:9341,two:9341``). ``token``: sent with each request. ``ca``, ``cert``, ``key``: files, of the
+    authority that signed the server's certificate and of one's own. ``timeout``: seconds that a call may take besides
+    its wait, tries included (30). Each of these may stand in the URL's query as well. ``keyring``, ``config`` and
+    ``accept_plain`` are the server's to have.
+
+    Raises InvalidInput for a URL that cannot be right, StoreError where a bucket or a server needs a package that is
+    not installed; opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
+    if url.partition(":")[0].lower() in SERVERS:
+        if keyring is not None or config is not None or accept_plain:
+            raise InvalidInput("keyring, config and accept_plain belong to the server of this URL: give them to it")
+        try:
+            from millpond.client.pond import RemotePond
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] == "millpond":
+                raise
+            message = f"a server's URL needs more packages: pip install 'millpond[http]' ({error.name} is missing)"
+            raise StoreError(message) from error
+        return RemotePond(url, clock=clock, token=token, ca=ca, cert=cert, key=key, timeout=timeout)
+    given = {"token": token, "ca": ca, "cert": cert, "key": key, "timeout": timeout}
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise InvalidInput(f"{', '.join(wrong)} is of use with a server's URL only (http:// or https://)")
+    own_clock = clock is not None
+    clock = clock or SystemClock()
+    store = open_store(url, clock)
+    if keyring is not None:
+        from millpond.stores.encrypted import EncryptedStore
+
+        store = EncryptedStore(store, keyring, accept_plain=accept_plain)
+    pond = Pond(store, clock=clock, config=config)
+    if not own_clock and store.capabilities.reach is not Reach.PROCESS:
+        pond._twin = lambda: connect(url, keyring=keyring, config=config, accept_plain=accept_plain)
+    return pond

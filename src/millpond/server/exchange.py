@@ -1,0 +1,296 @@
+"""Hot requests straight from the connection: no ASGI in between, one write for an answer.
+
+Most of what a server of small messages does is HTTP. uvicorn makes a dictionary, an event and two writes of each
+request, and the second write alone, a system call of its own, costs as much as finding a message. So a request for one
+of the hot routes whose body is small and said to be so is run by `App.run` on an `Exchange`, which is what its handler
+knows as a `Call`. Everything else, and everything unusual (other methods, a query, chunks, ``Expect``, a request sent
+before the last answer), goes uvicorn's way, which ends in the same handlers; so nothing may be decided here.
+
+Importing this module loads uvicorn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header, too_large
+from millpond.server.protocol import Protocol
+from millpond.wire import headers
+
+if TYPE_CHECKING:
+    from millpond.server.app import App
+
+MAX_BODY = 65_536
+"""Larger bodies are not collected here but read by their handlers, piece by piece."""
+
+
+class Signal:
+    """What uvicorn sets when something happens to a request; here there is only one thing to wait for."""
+
+    __slots__ = ("_waiter",)
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """It happened."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        """Return when it happens."""
+        if self._waiter is None or self._waiter.done():
+            self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+
+class Exchange(Call):
+    """A request whose body is here, and its answer. To the connection it is what uvicorn calls a cycle."""
+
+    __slots__ = (
+        "_body",
+        "_chunked",
+        "_connection",
+        "_left",
+        "disconnected",
+        "keep_alive",
+        "message_event",
+        "response_complete",
+        "response_started",
+        "waiting_for_100_continue",
+    )
+
+    def __init__(self, connection: FastProtocol, app: App, scope: AsgiScope, *, keep_alive: bool) -> None:
+        super().__init__(app.context, scope, _no_receive, _no_send)
+        self._connection = connection
+        self._body = b""
+        self._chunked = False
+        self._left = 0
+        """Bytes that the answer still owes."""
+        self.keep_alive = keep_alive
+        self.disconnected = False
+        self.response_started = False
+        self.response_complete = False
+        self.waiting_for_100_continue = False
+        self.message_event = Signal()
+
+    def feed(self, data: bytes) -> None:
+        """More of the body."""
+        self._body = self._body + data if self._body else data
+
+    # What was asked
+
+    async def body(self, limit: int | None = None) -> bytes:
+        body = self._body
+        most = self.context.config.max_body_bytes if limit is None else limit
+        if len(body) > most:
+            raise too_large(most)
+        self._body_over = True
+        return body
+
+    async def first(self) -> bytes:
+        self._body_over = True
+        return self._body
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        if not self._body_over:
+            self._body_over = True
+            if self._body:
+                yield self._body
+
+    async def gone(self) -> None:
+        while not self.disconnected:
+            await self.message_event.wait()
+
+    # What is answered
+
+    async def answer(
+        self,
+        body: bytes,
+        status: int = 200,
+        content_type: Header | None = JSON_HEADER,
+        more: Iterable[Header] = (),
+    ) -> None:
+        fields = [(headers.CORRELATION, self.correlation_id.encode()), *more]
+        if status != 204:
+            fields.append((b"content-length", b"%d" % len(body)))
+        if content_type is not None:
+            fields.append(content_type)
+        await self.whole(body, status, fields)
+
+    async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
+        data = self._head(status, fields) + body
+        connection = self._connection
+        if connection.flow.write_paused:
+            await self._write(data)
+        elif not self.disconnected:
+            connection.transport.write(data)
+        self._finish()
+
+    async def start(self, status: int, fields: list[Header]) -> None:
+        self._left = -1
+        for name, value in fields:
+            if name == b"content-length":
+                self._left = int(value)
+        if self._left < 0:
+            self._chunked = True
+            fields.append((b"transfer-encoding", b"chunked"))
+        await self._write(self._head(status, fields))
+
+    async def write(self, data: bytes) -> None:
+        if not data:
+            return
+        if self._chunked:
+            await self._write(b"%x\r\n%b\r\n" % (len(data), data))
+            return
+        self._left -= len(data)
+        await self._write(data)
+
+    async def end(self, data: bytes = b"") -> None:
+        if self._chunked:
+            await self._write((b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)) if data else b"0\r\n\r\n")
+        else:
+            await self.write(data)
+            if self._left and not self.disconnected:
+                raise RuntimeError(f"an answer's length is off by {self._left} bytes")
+        self._finish()
+
+    def _head(self, status: int, fields: list[Header]) -> bytes:
+        if self.context.draining:
+            fields.append(SHUTDOWN_HEADER)
+        self.started = self.response_started = True
+        self.status = status
+        lines = [STATUS_LINE[status]]
+        for name, value in self._connection.server_state.default_headers:
+            lines += (name, b": ", value, b"\r\n")
+        for name, value in fields:
+            if b"\n" in value or b"\r" in value:
+                raise RuntimeError(f"the value of {name!r} would end its line")
+            lines += (name, b": ", value, b"\r\n")
+        lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        return b"".join(lines)
+
+    async def _write(self, data: bytes) -> None:
+        flow = self._connection.flow
+        if flow.write_paused and not self.disconnected:
+            await flow.drain()
+        if not self.disconnected:
+            self._connection.transport.write(data)
+
+    def _finish(self) -> None:
+        self.response_complete = True
+        if self.disconnected:
+            return
+        if not self.keep_alive:
+            self._connection.transport.close()
+        self._connection.on_response_complete()
+
+
+# Not methods: a request that holds methods of its own goes in a circle, and is left to the collector of garbage.
+
+
+async def _no_receive() -> Any:
+    raise RuntimeError("a hot route reads its body by its call")
+
+
+async def _no_send(message: Any) -> None:
+    raise RuntimeError("a hot route answers by its call")
+
+
+class FastProtocol(Protocol):
+    """uvicorn's protocol, which lets the application have hot requests directly."""
+
+    def __init__(self, *, application: App, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._application = application
+        self._quick = application.quick
+        self._exchange: Exchange | None = None
+        """The request that is coming in, where it is one for here."""
+        self._handler: Handler | None = None
+
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
+        self._exchange = None
+
+    def on_headers_complete(self) -> None:
+        found = self._quick.get(self.url)
+        if found is None or not self._plain():
+            self._begin_scope()
+            super().on_headers_complete()
+            return
+        path, self._handler = found
+        scope = self.scope_of_request()
+        scope["path"] = path
+        scope["method"] = "POST"
+        scope["query_string"] = b""
+        exchange = Exchange(self, self._application, scope, keep_alive=self.parser.should_keep_alive())
+        self._exchange = exchange
+        self.cycle = exchange  # type: ignore[assignment]
+
+    def _plain(self) -> bool:
+        """Nothing about this request is unusual, and the connection is free."""
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
+        parser = self.parser
+        if (
+            (cycle is not None and not cycle.response_complete)
+            or self.expect_100_continue
+            or parser.get_method() != b"POST"
+            or parser.get_http_version() != "1.1"
+            or parser.should_upgrade()
+        ):
+            return False
+        size = None
+        for name, value in self.headers:
+            if name == b"content-length":
+                size = value
+            elif name == b"transfer-encoding":
+                return False
+        # The parser has seen to it that this is a number.
+        return size is not None and len(size) <= 5 and int(size) <= MAX_BODY
+
+    def scope_of_request(self) -> AsgiScope:
+        """What handlers look at; `FastProtocol` adds the rest."""
+        return {"type": "http", "client": self.client, "scheme": self.scheme, "headers": self.headers}
+
+    def _begin_scope(self) -> None:
+        scope: Any = {
+            **self.scope_of_request(),
+            "asgi": {"version": self.asgi_version, "spec_version": "2.3"},
+            "http_version": "1.1",
+            "server": self.server,
+            "root_path": self.root_path,
+            "state": self.app_state.copy(),
+        }
+        self.scope = scope
+
+    def on_body(self, body: bytes) -> None:
+        if self._exchange is not None:
+            self._exchange.feed(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        exchange, handler = self._exchange, self._handler
+        if exchange is None or handler is None:
+            super().on_message_complete()
+            return
+        self._exchange = None
+        task = self.loop.create_task(self._run(exchange, handler))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _run(self, exchange: Exchange, handler: Handler) -> None:
+        try:
+            await self._application.run(exchange, handler)
+        except CutOff:
+            pass  # the client sees by the connection that its answer is not whole
+        finally:
+            if not exchange.response_complete:
+                exchange.response_complete = True
+                self.transport.close()

@@ -1,0 +1,22 @@
+"""Back-pressure: who must wait, and who is sent away, when there is too much to do."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+Kind = Literal["producer", "consumer", "answer", "other"]
+"""Whom a request is from. Answers make room, so they are the last to be slowed."""
+
+
+class Gate(Protocol):
+    """Lets requests in."""
+
+    async def admit(self, kind: Kind) -> None:
+        """Return when a request may go on, perhaps a little later. Raises Throttled, or a Refusal with Retry-After."""
+
+
+class OpenGate:
+    """Lets everybody in at once."""
+
+    async def admit(self, kind: Kind) -> None:
+        return None

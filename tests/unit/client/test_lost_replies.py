@@ -1,0 +1,250 @@
+"""Answers whose reply was lost, by way of a proxy that drops it after the real server has handled the request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+import millpond
+from millpond import LeaseLost, Message, Pond, Queue
+from millpond.client.pond import RemotePond
+from millpond.model.clock import ManualClock, SystemClock
+from millpond.server.run import running
+from millpond.stores.memory import MemoryStore
+
+
+class Proxy:
+    """Passes bytes on. Told to, it does not pass on the answer to the next request for a path, and hangs up."""
+
+    def __init__(self, url: str) -> None:
+        self._port = int(url.rpartition(":")[2])
+        self._drop: str | None = None
+        self.dropped = 0
+        self.between: Callable[[], Awaitable[Any]] | None = None
+        """Done after the server handled the request and before the client knows that no answer comes."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def drop(self, path: str) -> None:
+        self._drop = path
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        back, there = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            while True:
+                path, request = await self._message(reader)
+                there.write(request)
+                _, answer = await self._message(back)
+                if self._drop is not None and self._drop in path:
+                    self._drop = None
+                    self.dropped += 1
+                    if self.between is not None:
+                        await self.between()
+                    return
+                writer.write(answer)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # one of them went away
+        finally:
+            writer.close()
+            there.close()
+
+    @staticmethod
+    async def _message(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
+        return head.decode("latin-1").partition("\r\n")[0], head + await reader.readexactly(length)
+
+
+class Lab:
+    """A store, a server, the proxy, and a client behind it; the clock stands still."""
+
+    def __init__(self, local: Pond, remote: RemotePond, proxy: Proxy, clock: ManualClock) -> None:
+        self.local = local.queue("orders")
+        self.remote = remote.queue("orders")
+        self.pond = local
+        self.proxy = proxy
+        self.clock = clock
+
+    async def held(self, **options: Any) -> Message:
+        """A message, received by way of the proxy."""
+        await self.local.enqueue(b"x", **options)
+        [message] = await self.remote.receive()
+        return message
+
+
+@asynccontextmanager
+async def lab() -> AsyncIterator[Lab]:
+    clock = ManualClock()
+    async with Pond(MemoryStore(clock=clock), clock=clock) as local, running(local) as url:
+        proxy = Proxy(url)
+        remote = RemotePond(await proxy.start(), clock=clock)
+        remote.transport.io_clock = SystemClock()
+        try:
+            async with remote:
+                yield Lab(local, remote, proxy, clock)
+        finally:
+            await proxy.stop()
+
+
+async def test_an_enqueue_is_not_doubled() -> None:
+    async with lab() as at:
+        at.proxy.drop("enqueueBatch")
+        receipt = await at.remote.enqueue(b"x")
+        at.proxy.drop("enqueueBatch")
+        receipts = await at.remote.enqueue_many([b"1", b"2"], priority=3)
+        assert at.proxy.dropped == 2
+        assert [one.duplicate for one in (receipt, *receipts)] == [False] * 3
+        assert (await at.local.counts()).ready == 3
+        found = {message.id: message.payload for message in await at.local.receive(9)}
+        assert found == dict(zip((one.message_id for one in (receipt, *receipts)), (b"x", b"1", b"2"), strict=True))
+
+
+ANSWERS: dict[str, tuple[str, Callable[[Message, Queue], Awaitable[Any]]]] = {
+    "ack": ("ackBatch", lambda message, queue: message.ack()),
+    "nack": ("nackBatch", lambda message, queue: message.nack("no", delay=5)),
+    "defer": ("nackBatch", lambda message, queue: message.defer(5)),
+    "bury": ("bury", lambda message, queue: message.bury("hopeless")),
+    "hand-off": ("handOff", lambda message, queue: message.ack(then=[("next", b"y")])),
+    "ack_many": ("ackBatch", lambda message, queue: queue.ack_many([message])),
+    "nack_many": ("nackBatch", lambda message, queue: queue.nack_many([message])),
+    "defer_many": ("nackBatch", lambda message, queue: queue.defer_many([message])),
+}
+
+
+async def _standing(at: Lab) -> Any:
+    counts = await at.local.counts()
+    after = await at.pond.queue("next").counts()
+    views = [(view.attempts, view.failures, view.last_error) for view in await at.local.peek(9)]
+    return counts[:6], after[:6], views
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_an_answer_that_was_carried_out_is_done(answer: str) -> None:
+    path, act = ANSWERS[answer]
+    standing = []
+    for lose in (False, True):
+        async with lab() as at:
+            message = await at.held()
+            if lose:
+                at.proxy.drop(path)
+            result = await act(message, at.remote)
+            if answer.endswith("many"):
+                assert [one.error for one in result] == [None]
+            assert at.proxy.dropped == lose
+            standing.append(await _standing(at))
+    assert standing[0] == standing[1]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_an_answer_is_not_done_when_another_may_have_been_given(answer: str) -> None:
+    """After the end of the lease the same refusal proves nothing."""
+    path, act = ANSWERS[answer]
+    async with lab() as at:
+        message = await at.held(visibility=10)
+
+        async def later() -> None:
+            at.clock.advance(11)
+
+        at.proxy.between = later
+        at.proxy.drop(path)
+        if answer.endswith("many"):
+            [done] = await act(message, at.remote)
+            assert isinstance(done.error, LeaseLost)
+            assert "earlier try" in str(done.error)
+        else:
+            with pytest.raises(LeaseLost, match="earlier try"):
+                await act(message, at.remote)
+
+
+async def test_a_refusal_without_a_lost_reply_is_a_refusal() -> None:
+    async with lab() as at:
+        message = await at.held()
+        await message.ack()
+        with pytest.raises(LeaseLost):
+            await message.ack()
+        message = await at.held()
+        await message.nack()
+        for act in (message.ack, message.nack, message.defer):
+            with pytest.raises(LeaseLost):
+                await act()
+
+
+async def test_a_lost_reply_to_a_refusal_is_a_refusal() -> None:
+    """A handle says nothing of its lease, so nothing is inferred from it."""
+    async with lab() as at:
+        message = await at.held()
+        handle = at.remote.handle(message.id, message.lease.id, message.lease.token)
+        at.proxy.drop("ackBatch")
+        with pytest.raises(LeaseLost, match="earlier try"):
+            await handle.ack()
+
+
+async def test_the_callers_own_repetition_is_told_apart_from_a_second_answer() -> None:
+    async with lab() as at:
+        message = await at.held()
+        remote = at.remote._service
+        assert isinstance(remote, millpond.client.service.RemoteService)
+        at.proxy.drop("ackBatch")
+        task = asyncio.ensure_future(message.ack())
+        async with asyncio.timeout(10):
+            while not at.proxy.dropped:
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await message.ack()  # whoever was cancelled does not know, and asks again
+        assert (await at.local.counts()).leased == 0
+
+
+async def test_an_extension_and_a_state_are_only_set_again() -> None:
+    async with lab() as at:
+        message = await at.held(visibility=10)
+        at.proxy.drop("extendBatch")
+        lease = await message.extend(60)
+        assert lease.until_ms == at.clock.now_ms() + 60_000
+        at.proxy.drop("state/save")
+        await message.state.save({"step": 1})
+        assert await message.state.load() == {"step": 1}
+        at.proxy.drop("state/delete")
+        await message.state.delete()
+        assert await message.state.load() is None
+        assert at.proxy.dropped == 3
+        at.clock.advance(59)
+        # The extension counts for what a lost reply proves, too.
+        at.proxy.drop("ackBatch")
+        await message.ack()
+
+
+async def test_a_policy_is_only_set_again() -> None:
+    async with lab() as at:
+        at.proxy.drop("policy")
+        assert (await at.remote.set_policy(max_attempts=7)).max_attempts == 7
+        at.proxy.drop("pause")
+        await at.remote.pause()
+        assert (await at.local.policy()).paused
+
+
+async def test_what_a_lost_receive_leased_comes_back_when_its_lease_ends() -> None:
+    async with lab() as at:
+        await at.local.enqueue(b"x", visibility=10)
+        at.proxy.drop("receive")
+        assert await at.remote.receive() == []
+        at.clock.advance(10)
+        [message] = await at.remote.receive()
+        assert (message.payload, message.attempts) == (b"x", 2)
