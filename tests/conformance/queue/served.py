@@ -57,6 +57,8 @@ class ServedPond(RemotePond):
         self.transport.io_clock = SystemClock()
         self._operations = Service(self._remote, local.service)
         self.server = Server(Context(local, ServerConfig(port=0, drain_grace=0.0, shutdown_timeout=1.0)))
+        # Nor does a client become slow by a test's years.
+        self.server.watch._clock = SystemClock()
         for name in ("collect", "verify", "unreadable", "discard_unreadable", "rekey", "statistics"):
             setattr(self, name, getattr(local, name))
 
