@@ -316,11 +316,12 @@ class Lane:
                         break
                     if chunk:
                         await connection.send(b"%x\r\n%b\r\n" % (len(chunk), chunk))
-            if answer.done():
-                connection.keep = False  # the body was not sent to its end
-            else:
+            if not answer.done():
                 await connection.send(b"0\r\n\r\n")
-            return await answer
+            found = await answer
+            # A server that answered before it had read all may let the rest, and what follows it, go by unheard.
+            connection.keep = False
+            return found
         except BaseException:
             if not answer.cancel() and not answer.cancelled():
                 answer.exception()  # it is told by what is raised
