@@ -15,7 +15,7 @@ from millpond.requests import PondRequests
 from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
-from millpond.stores.base import Problem, QueueName
+from millpond.stores.base import Capabilities, Problem, QueueName
 
 T = TypeVar("T")
 
@@ -394,6 +394,10 @@ class PondCalls:
     @property
     def is_open(self) -> bool:
         """It was opened and not closed since."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do, for those who plan around it."""
 
     def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
