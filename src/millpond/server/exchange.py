@@ -252,14 +252,11 @@ class FastProtocol(Protocol):
             or parser.should_upgrade()
         ):
             return False
-        size = None
-        for name, value in self.headers:
+        for name, size in self.headers:
             if name == b"content-length":
-                size = value
-            elif name == b"transfer-encoding":
-                return False
-        # The parser has seen to it that this is a number.
-        return size is not None and len(size) <= 5 and int(size) <= MAX_BODY
+                # The parser has seen to it that this is a number, and that the body does not come in chunks as well.
+                return len(size) <= 5 and int(size) <= MAX_BODY
+        return False
 
     def scope_of_request(self) -> AsgiScope:
         """What handlers look at; `FastProtocol` adds the rest."""
