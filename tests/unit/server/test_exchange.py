@@ -1,4 +1,4 @@
-"""Hot requests, which go from the connection to their handlers: whatever way a request comes, its answer is the same."""
+"""Hot requests, which go from the connection to their handlers: by whatever way one comes, its answer is the same."""
 
 from __future__ import annotations
 
@@ -68,13 +68,17 @@ WAYS = {
         False,
     ),
     "large": (
-        [b"POST " + PATH + b" HTTP/1.1\r\n" + HEAD]
-        + [b"Content-Length: %d\r\n\r\n%b" % (MAX_BODY + 1, BODY.ljust(MAX_BODY + 1))],
+        [
+            b"POST " + PATH + b" HTTP/1.1\r\n" + HEAD,
+            b"Content-Length: %d\r\n\r\n%b" % (MAX_BODY + 1, BODY.ljust(MAX_BODY + 1)),
+        ],
         False,
     ),
     "as large as it may be": (
-        [b"POST " + PATH + b" HTTP/1.1\r\n" + HEAD]
-        + [b"Content-Length: %d\r\n\r\n%b" % (MAX_BODY, BODY.ljust(MAX_BODY))],
+        [
+            b"POST " + PATH + b" HTTP/1.1\r\n" + HEAD,
+            b"Content-Length: %d\r\n\r\n%b" % (MAX_BODY, BODY.ljust(MAX_BODY)),
+        ],
         True,
     ),
 }
