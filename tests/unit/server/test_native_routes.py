@@ -437,10 +437,10 @@ async def test_a_batch_tells_a_store_which_ids_its_producer_chose() -> None:
     async with testing.pond(clock=clock, store=store) as pond, running(pond) as url:
         earlier = "01970000-0000-7000-8000-000000000001"
         batch = {"queue": "q", "messages": [{"payload": "", "message_id": earlier}, {"payload": ""}]}
-        for duplicates in ([False, False], [True, False]):
-            receipts = (await done(url, "queue/enqueueBatch", batch))["receipts"]
-            assert [one["duplicate"] for one in receipts] == duplicates
-        assert (await pond.queue("q").counts()).ready == 3
+        await pond.queue("q").enqueue(b"", message_id=earlier, priority=9)
+        receipts = (await done(url, "queue/enqueueBatch", batch))["receipts"]
+        assert [one["duplicate"] for one in receipts] == [True, False]
+        assert (await pond.queue("q").counts()).ready == 2
 
 
 async def test_news_from_outside_wakes_those_who_wait() -> None:
