@@ -113,6 +113,10 @@ class Exchange(Call):
         while not self.disconnected:
             await self.message_event.wait()
 
+    @property
+    def vanished(self) -> bool:
+        return self.disconnected
+
     # What is answered
 
     async def answer(
@@ -220,6 +224,14 @@ class FastProtocol(Protocol):
         self._exchange: Exchange | None = None
         """The request that is coming in, where it is one for here."""
         self._handler: Handler | None = None
+
+    def eof_received(self) -> None:
+        """The client hung up. What was written it still reads; from here on nothing is, though uvicorn learns of it
+        only with the next turn of the loop."""
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def on_message_begin(self) -> None:
         self.url = b""

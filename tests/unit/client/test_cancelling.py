@@ -103,7 +103,7 @@ async def test_closing_waits_for_what_is_given_back() -> None:
 
 
 async def test_other_calls_that_are_cancelled_disturb_nobody() -> None:
-    async with ponds() as (local, remote):
+    async with ponds() as (_, remote):
         there = remote.queue("orders")
         for turns in range(TURNS // 2):
             call = asyncio.ensure_future(there.enqueue(b"%d" % turns))

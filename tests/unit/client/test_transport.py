@@ -1,4 +1,4 @@
-"""Failover, repetition, time-outs and what is made of strange answers, against a server that says what it is told to."""
+"""Failover, repetition, time-outs, and what is made of strange answers, against a server that says what it is told."""
 
 from __future__ import annotations
 
