@@ -411,6 +411,18 @@ async def test_an_extension_by_another_process_is_known_here() -> None:
         assert (await client.post("/v1/queue/nack", delivery.answer(meta_etag=etag))).status == 200
 
 
+@pytest.mark.parametrize("route", ["ack", "nack", "extend"])
+async def test_a_message_that_another_process_acked_is_gone_here_too(route: str) -> None:
+    store = MemoryStore(clock=(clock := testing.ManualClock()))
+    async with serving(pond=testing.pond(store=store, clock=clock)) as client:
+        await client.enqueue("q", b"")
+        [delivery] = await client.dequeue("q")
+        message = delivery.message
+        other = testing.pond(store=store.share(), clock=clock, seed=1)
+        await other.queue("q").handle(message["message_id"], message["lease_id"], message["fencing_token"]).ack()
+        assert error_of(await client.post(f"/v1/queue/{route}", delivery.answer())) == (404, "not_found")
+
+
 async def test_a_nack_keeps_the_error_and_waits_for_its_delay() -> None:
     async with serving() as client:
         await client.enqueue("q", b"")

@@ -281,6 +281,15 @@ def test_the_short_way_for_two_parts_says_what_the_long_way_says(one: bytes, two
         assert [(part.begin, part.data) for part in parts] == [(pair[0], pair[1]), (pair[2], pair[3])]
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_the_short_way_is_not_taken_for_a_longer_boundary(at: int) -> None:
+    pieces = body_of(b"{}", b"payload").split(MARK + b"\r\n")
+    odd = pieces[0] + [MARK + b"\r\n", MARK + b"xx"][at == 0] + pieces[1]
+    odd += [MARK + b"\r\n", MARK + b"xx"][at == 1] + pieces[2]
+    assert len(odd) == len(body_of(b"{}", b"payload"))
+    assert multipart.pair(odd, BOUNDARY.encode()) is None
+
+
 def test_the_short_way_is_taken_for_what_clients_send() -> None:
     for payload in TRAPS:
         taken = multipart.pair(body_of(b"{}", payload), BOUNDARY.encode())
