@@ -76,8 +76,7 @@ class Outstanding:
         """A lease has another end."""
         if lease_id in self._ends:
             self._ends[lease_id] = until
-            if until < self._first_end:
-                self._first_end = until
+            self._first_end = min(self._first_end, until)
             self.on_room()  # who waits for the end of a lease waits for another one now
 
     def more(self, credit: int) -> int:
