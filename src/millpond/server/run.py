@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
-from millpond.errors import StoreError
+from millpond.errors import InvalidInput, StoreError
 from millpond.pond import Pond
+from millpond.server.auth import OpenAuthority
 from millpond.server.config import ServerConfig
 from millpond.server.context import Context, CutOff
 
@@ -37,7 +38,8 @@ class Server:
 
     def __init__(self, context: Context, *, tls: ssl.SSLContext | None = None, port: int | None = None) -> None:
         """``tls``: a server's context, made by the caller. ``port``: None for the config's. Raises StoreError where a
-        package is missing."""
+        package is missing, InvalidInput where it would be open to others without consent, or the config asks for more
+        than it is given."""
         try:
             import httptools  # noqa: F401
             import starlette  # noqa: F401
@@ -51,6 +53,12 @@ class Server:
         self.context = context
         self.app: App = App(context)
         config = context.config
+        config.check_exposure()
+        if (config.tls and tls is None) or (config.auth_tokens and isinstance(context.authority, OpenAuthority)):
+            # Whoever wrote these settings relies on them.
+            raise InvalidInput(
+                "the config asks for TLS or tokens: have millpond.server.process.Service start the server"
+            )
         self._tls = tls
         self._port = config.port if port is None else port
         self._settings = uvicorn.Config(

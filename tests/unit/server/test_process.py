@@ -23,9 +23,11 @@ from millpond import testing
 from millpond.errors import InvalidInput, StoreError
 from millpond.server import native_routes, process, tokens
 from millpond.server.config import ServerConfig
+from millpond.server.context import Context
 from millpond.server.families import FAMILIES
 from millpond.server.process import Service
 from millpond.server.reload import EVERY
+from millpond.server.run import Server
 from millpond.stores.memory import MemoryStore
 from millpond.stores.sqlite import SqliteStore
 
@@ -272,6 +274,13 @@ async def test_an_exposed_server_does_not_start(tmp_path: Path) -> None:
     async with testing.pond() as pond:
         with pytest.raises(InvalidInput, match="without TLS"):
             Service(pond, ServerConfig(host="0.0.0.0"))
+        # Nor by way of those parts that a program may put together for itself.
+        with pytest.raises(InvalidInput, match="without TLS"):
+            Server(Context(pond, ServerConfig(host="0.0.0.0")))
+        unmet: tuple[dict[str, Any], ...] = ({"auth_tokens": "t"}, {"tls_cert": "c"}, {"tls_bundle": "b"})
+        for settings in unmet:
+            with pytest.raises(InvalidInput, match=r"millpond\.server\.process\.Service"):
+                Server(Context(pond, ServerConfig(**settings)))
         with pytest.raises(InvalidInput, match=r"tokens file .* cannot be read"):
             Service(pond, ServerConfig(auth_tokens=str(tmp_path / "none")))
 
