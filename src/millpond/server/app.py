@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millpond.errors import MillpondError, StoreClosed, StoreError
-from millpond.server import lockd_routes, logs, native_routes
+from millpond.server import lockd_routes, logs, native_routes, openapi
 from millpond.server.context import AsgiScope, Call, Context, CutOff, Disconnected, Handler, Receive, Send
 from millpond.server.metrics import ServerMetrics
 from millpond.wire import faults, headers
@@ -35,13 +35,15 @@ class App:
         from starlette.routing import Route, Router
 
         self.context = context
-        self.hot: dict[str, Handler] = {**lockd_routes.hot(), **native_routes.hot()}
+        self._lockd = lockd_routes.hot()
+        self.hot: dict[str, Handler] = {**self._lockd, **native_routes.hot()}
         self.quick = {path.encode(): (path, handler) for path, handler in self.hot.items()}
         """The same by the bytes of a request's first line."""
         self.routes: list[BaseRoute] = [
             Route("/healthz", _asgi(healthz), methods=["GET", "POST"]),
             Route("/readyz", _asgi(readyz), methods=["GET", "POST"]),
             Route("/metrics", _asgi(metrics), methods=["GET"]),
+            Route(openapi.PATH, _asgi(openapi.openapi), methods=["GET"]),
             *(Route(path, _asgi(handler), methods=["POST"]) for path, handler in native_routes.routes().items()),
         ]
         self.paths = frozenset([*self.hot, *(route.path for route in self.routes if isinstance(route, Route))])
@@ -80,6 +82,8 @@ class App:
         except Disconnected:
             call.status = 499  # nobody is told; in metrics it is what nginx calls it
         except Exception as error:
+            if call.route in self._lockd:
+                call.style = "lockd"
             await respond_error(call, error)
         finally:
             if timed:
@@ -131,8 +135,8 @@ async def metrics(call: Call) -> None:
     await call.answer(body, content_type=(b"content-type", kind.encode()))
 
 
-OPEN: frozenset[Handler] = frozenset({healthz, readyz, metrics})
-"""Handlers that everybody may call, token or not; the last one sees to that by itself."""
+OPEN: frozenset[Handler] = frozenset({healthz, readyz, metrics, openapi.openapi})
+"""Handlers that everybody may call, token or not; `metrics` sees to that by itself."""
 
 
 async def respond_error(call: Call, error: Exception) -> None:
@@ -149,9 +153,17 @@ async def respond_error(call: Call, error: Exception) -> None:
     more = []
     if fault.retry_after_seconds > 0:
         more.append((headers.RETRY_AFTER, b"%d" % fault.retry_after_seconds))
+    if status == 405:
+        more.append((b"allow", _allowed(error)))
     if status == 401:
         more.append((b"www-authenticate", b"Bearer"))
     await call.answer(faults.as_json(fault), status, more=more)
+
+
+def _allowed(error: Exception) -> bytes:
+    """The methods of a route that was asked by another."""
+    given: Mapping[str, str] = getattr(error, "headers", None) or {}  # Starlette's error knows them
+    return given.get("Allow", "POST").encode()
 
 
 def _fault(call: Call, error: Exception) -> tuple[int, faults.Fault]:

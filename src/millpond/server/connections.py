@@ -1,4 +1,4 @@
-"""One connection: `FastProtocol` with limits on what a client may send, hold open and keep waiting.
+"""One connection: uvicorn's protocol, with limits on what a client may send, hold open and keep waiting.
 
 What uvicorn leaves open, and is closed here: how long a head may take and how large it may be, a body that trickles,
 trailers without end, clients that do not read their answer, too many connections, of one address or in all.
@@ -187,9 +187,12 @@ class Connection(FastProtocol):
         self._first = self._fed = self._chunk
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        # What comes after the body is a trailer, which nobody reads. Not by the base class: this is called a lot.
         if self._stage == HEAD:
-            super().on_header(name, value)
-        # What comes after the body is a trailer, which nobody reads.
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if len(self.headers) > self._max_headers or (self._fed > self._max_head and self._head_size() > self._max_head):

@@ -219,13 +219,23 @@ class Call:
                 return b"".join(parts)
             message = await self.receive()
 
-    def small_body(self) -> bytes | None:
-        """The whole body, if it is small and here already; it may then be read once more by `chunks`. None: it comes
-        piece by piece."""
-        return None
+    async def first(self) -> bytes:
+        """What has come of the body by now, or the first of it; `complete` then says whether that is all. Raises
+        Disconnected."""
+        message = await self.receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        self._body_over = not message.get("more_body", False)
+        data: bytes = message.get("body", b"")
+        return data
+
+    @property
+    def complete(self) -> bool:
+        """The whole body was read."""
+        return self._body_over
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes. Raises Disconnected when the client goes away before its end."""
+        """The body as it comes, after what `first` gave. Raises Disconnected when the client goes before its end."""
         while not self._body_over:
             message = await self.receive()
             if message["type"] == "http.disconnect":

@@ -15,9 +15,10 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header, too_large
+from millpond.server.protocol import Protocol
 from millpond.wire import headers
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class Exchange(Call):
         self._body_over = True
         return body
 
-    def small_body(self) -> bytes | None:
+    async def first(self) -> bytes:
+        self._body_over = True
         return self._body
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -117,7 +119,9 @@ class Exchange(Call):
         content_type: Header | None = JSON_HEADER,
         more: Iterable[Header] = (),
     ) -> None:
-        fields = [(b"content-length", b"%d" % len(body)), (headers.CORRELATION, self.correlation_id.encode()), *more]
+        fields = [(headers.CORRELATION, self.correlation_id.encode()), *more]
+        if status != 204:
+            fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
         await self.whole(body, status, fields)
@@ -201,7 +205,7 @@ async def _no_send(message: Any) -> None:
     raise RuntimeError("a hot route answers by its call")
 
 
-class FastProtocol(HttpToolsProtocol):
+class FastProtocol(Protocol):
     """uvicorn's protocol, which lets the application have hot requests directly."""
 
     def __init__(self, *, application: App, **rest: Any) -> None:

@@ -48,6 +48,9 @@ FAMILIES: tuple[Family, ...] = (
         QUEUE,
         "Answers that came when the lease was somebody else's, or nobody's.",
     ),
+    Family(
+        "millpond_producers_held_back", "gauge", (), "1 while the store has too much to do and producers are slowed."
+    ),
     Family("millpond_consumers_waiting", "gauge", (), "Consumers that wait for messages."),
     Family(
         "millpond_http_requests_total",

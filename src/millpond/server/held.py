@@ -50,6 +50,9 @@ class Held:
         return Delivery(namespace, queue, id, lease_id, token)
 
     def drop(self, delivery: Delivery) -> None:
-        """Forget a message that was answered, or is somebody else's by now; whoever streamed it is told."""
-        self._held.pop(delivery.id, None)
+        """Forget a message that was answered, or is somebody else's by now; whoever streamed it is told. What is known
+        of another lease on it stays: a late answer says nothing about who holds the message now."""
+        kept = self._held.get(delivery.id)
+        if kept is not None and kept.lease_id == delivery.lease_id:
+            del self._held[delivery.id]
         self.answered(delivery.lease_id)

@@ -82,7 +82,7 @@ async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> nati
 
 
 async def receive(call: Call, request: native.ReceiveRequest) -> list[Delivery]:
-    """Messages as soon as there is one, up to ``count``; none when nothing came within ``wait_ms``."""
+    """Receive up to `count` messages, as soon as there is one; none when nothing came within `wait_ms`."""
     context = call.context
     context.refuse_while_draining()
     await context.gate.admit("consumer")

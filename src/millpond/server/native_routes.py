@@ -51,7 +51,7 @@ class Route(NamedTuple):
     bytes."""
     optional: bool = False
     """The body may be empty."""
-    also: Callable[[Any], Iterable[tuple[Scope, str | None, str | None]]] = lambda request: ()
+    also: Callable[[Any], Iterable[tuple[Scope, str | None, str]]] = lambda request: ()
     """What the caller must be allowed besides: scope, namespace, queue."""
 
     @property
@@ -60,11 +60,11 @@ class Route(NamedTuple):
         return (self.operation.__doc__ or "").strip().splitlines()[0]
 
 
-def _targets(request: native.HandOffRequest) -> Iterable[tuple[Scope, str | None, str | None]]:
+def _targets(request: native.HandOffRequest) -> Iterable[tuple[Scope, str | None, str]]:
     return [("write", target.namespace or request.namespace, target.queue) for target in request.then]
 
 
-def _changes(request: native.PolicyRequest) -> Iterable[tuple[Scope, str | None, str | None]]:
+def _changes(request: native.PolicyRequest) -> Iterable[tuple[Scope, str | None, str]]:
     changed = request.set is not None or request.reset
     return [("admin", request.namespace, request.queue)] if changed else []
 
@@ -185,12 +185,13 @@ def _handler(route: Route) -> Handler:
             except _UNREADABLE as error:
                 raise Refusal(400, "invalid_body", _why(error)) from error
         if named:
-            if not request.namespace and call.context.config.namespace != names.DEFAULT_NAMESPACE:
-                # What is allowed is asked of the very namespace that is worked on.
-                request = msgspec.structs.replace(request, namespace=call.context.config.namespace)
-            _authorise(call, scope, other, request)
-            for wanted in also(request):
-                call.authorise(*wanted)
+            # What nobody named is the server's own default, for the caller's rights as for the operation.
+            namespace, queue = names.queue_key(request.namespace or call.context.config.namespace, request.queue)
+            if request.namespace != namespace:
+                request = msgspec.structs.replace(request, namespace=namespace)
+            _authorise(call, scope, other, namespace, queue)
+            for wanted, *place in also(request):
+                call.authorise(wanted, *names.queue_key(*place))
         elif scope == "admin":
             call.authorise(scope)
         answer = await operation(call, request)
@@ -215,14 +216,14 @@ def _handler(route: Route) -> Handler:
     return handle
 
 
-def _authorise(call: Call, scope: Scope, other: Scope | None, request: native.Request) -> None:
+def _authorise(call: Call, scope: Scope, other: Scope | None, namespace: str, queue: str) -> None:
     if other is None:
-        call.authorise(scope, request.namespace, request.queue)
+        call.authorise(scope, namespace, queue)
         return
     try:
-        call.authorise(other, request.namespace, request.queue)
-    except Forbidden:
-        call.authorise(scope, request.namespace, request.queue)
+        call.authorise(other, namespace, queue)
+    except (Forbidden, Refusal):
+        call.authorise(scope, namespace, queue)
 
 
 async def _body(call: Call) -> bytes:

@@ -138,7 +138,7 @@ SETTINGS: tuple[Setting, ...] = (
         "traces",
         "metrics.traces",
         "choice",
-        "OpenTelemetry traces; auto: where its API is installed.",
+        "OpenTelemetry traces; auto: where a tracer provider is set up.",
         ("auto", "on", "off"),
     ),
 )

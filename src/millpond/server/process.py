@@ -100,6 +100,7 @@ class Service:
             "millpond_consumers_waiting": lambda: self.context.pond.dispatcher.waiting,
             "millpond_auth_refused_total": lambda: guard.refused,
             "millpond_auth_forbidden_total": lambda: guard.forbidden,
+            "millpond_producers_held_back": lambda: float(getattr(self.context.gate, "closed", False)),
             "millpond_draining": lambda: float(self.context.draining),
         }
         metrics.more |= {

@@ -183,7 +183,7 @@ def line(frame: native.Frame) -> bytes:
 
 
 async def stream(call: Call, request: native.StreamRequest) -> None:
-    """Deliver messages as they come, at most ``credit`` of them unanswered at a time."""
+    """Deliver messages as they come, at most `credit` of them unanswered at a time."""
     context = call.context
     context.refuse_while_draining()
     await context.gate.admit("consumer")

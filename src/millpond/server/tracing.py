@@ -1,4 +1,4 @@
-"""OpenTelemetry traces, by its conventions for messaging, where its API is installed (the extra ``otel``).
+"""OpenTelemetry traces, by its conventions for messaging (the extra ``otel``).
 
 A request's ``traceparent`` is the parent of what it asks of the queue: ``send``, ``receive``, and ``settle`` for
 answers. Only the API is used; what becomes of spans is for whoever configures an SDK. An empty receive makes no span: a
@@ -97,13 +97,18 @@ class Tracing:
 
 
 def tracing(setting: str, clock: Clock) -> Tracing | None:
-    """By the setting ``metrics.traces``: None for ``off``, and for ``auto`` where the API is not installed. Raises
-    StoreError for ``on`` where it is not."""
-    if setting == "off":
+    """By the setting ``metrics.traces``: None for ``off``, and for ``auto`` where nobody has configured what becomes of
+    spans: each would be made for nothing, at a few percent of all that the server does. Raises StoreError for ``on``
+    where the API is not installed."""
+    if setting == "off" or (setting == "auto" and not _configured()):
         return None
+    return Tracing(clock)
+
+
+def _configured() -> bool:
+    """Somebody has set a tracer provider, or named one in the environment."""
     try:
-        return Tracing(clock)
-    except StoreError:
-        if setting == "on":
-            raise
-        return None
+        from opentelemetry import trace
+    except ModuleNotFoundError:
+        return False
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)

@@ -41,6 +41,7 @@ async def watch(call: Call) -> None:
                     (headers.CORRELATION, call.correlation_id.encode()),
                 ],
             )
+            await call.write(b"")  # the head goes with it
             try:
                 await presence.run(watched.known.wait())
                 number = 0

@@ -8,8 +8,9 @@ of a delimiter; with the delimiter there it need not, so that no message waits f
 
 from __future__ import annotations
 
-import functools
 import re
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 MAX_HEADER_BYTES = 16 * 1024
@@ -19,6 +20,11 @@ MAX_PREAMBLE = 16 * 1024
 """Bytes before the first delimiter; nobody sends any."""
 MAX_PADDING = 64
 """Spaces that may follow a delimiter on its line."""
+
+CACHED = 256
+"""Blocks of headers, and content types, whose meaning is remembered: those of so many kinds of clients."""
+CACHED_BYTES = 512
+"""Longer ones are not."""
 
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -35,19 +41,12 @@ class MultipartError(ValueError):
 class Begin(NamedTuple):
     """A part begins."""
 
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     """By lower-case name; of one given twice the first counts."""
-
-    @property
-    def name(self) -> str | None:
-        """The ``name`` of its Content-Disposition."""
-        return parameters(self.headers.get("content-disposition", ""))[1].get("name")
-
-    @property
-    def length(self) -> int | None:
-        """Its Content-Length, if it has a usable one."""
-        text = self.headers.get("content-length", "")
-        return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+    name: str | None
+    """The ``name`` of its Content-Disposition."""
+    length: int | None
+    """Its Content-Length, if it has a usable one."""
 
 
 class Data(NamedTuple):
@@ -88,6 +87,10 @@ def parameters(value: str) -> tuple[str, dict[str, str]]:
 
 def boundary_of(content_type: str) -> bytes | None:
     """The boundary in a ``multipart/…`` Content-Type; None for another type, or without a usable one."""
+    return _seen_boundary(content_type) if len(content_type) <= CACHED_BYTES else _boundary(content_type)
+
+
+def _boundary(content_type: str) -> bytes | None:
     kind, found = parameters(content_type)
     boundary = found.get("boundary", "")
     if not kind.startswith("multipart/") or _BOUNDARY.fullmatch(boundary) is None:
@@ -95,52 +98,25 @@ def boundary_of(content_type: str) -> bytes | None:
     return boundary.encode()
 
 
-_PLAIN_TYPE = re.compile(rb"multipart/(?:related|form-data|mixed); boundary=([0-9A-Za-z'()+_,./:=?-]{1,70})")
+_seen_boundary = lru_cache(CACHED)(_boundary)
 
 
-def plain_boundary(content_type: bytes) -> bytes | None:
-    """The boundary in a Content-Type as nearly all clients write it; None: ask `boundary_of`."""
-    found = _PLAIN_TYPE.fullmatch(content_type)
-    return None if found is None else found.group(1)
-
-
-MAX_PLAIN_HEADERS = 256
-"""Bytes of a part's headers that are remembered; hundreds of them, no more."""
-
-
-@functools.lru_cache(maxsize=256)
-def _part_name(block: bytes) -> str | None:
-    """The name of the part that has these headers, which are always the same ones. Raises MultipartError."""
-    return Begin(_parsed(block)).name
-
-
-def pair(body: bytes, boundary: bytes) -> tuple[bytes, bytes] | None:
-    """Meta and payload of a whole body, if it consists of just these two parts, in this order, framed in the usual way;
-    None when it does not, or may not: then let a `Parser` see. Never another answer than the parser's."""
-    first = b"--" + boundary + b"\r\n"
-    delimiter = b"\r\n--" + boundary
-    if not body.startswith(first):
+def pair(body: bytes, boundary: bytes) -> tuple[Begin, bytes, Begin, bytes] | None:
+    """The two parts of a whole body that has exactly two and nothing unusual about it: what `Parser` says of it, for a
+    fraction of the work. None for any other body, which may be right or wrong."""
+    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary, 4)
+    if len(pieces) != 4 or pieces[0] or pieces[3][:2] != b"--":
         return None
-    begin = len(first)
-    end = body.find(b"\r\n\r\n", begin, begin + MAX_PLAIN_HEADERS)
-    if end < 0:
+    first, second = pieces[1], pieces[2]
+    if first[:2] != b"\r\n" or second[:2] != b"\r\n":
         return None
-    meta_end = body.find(delimiter, end + 4)
-    at = meta_end + len(delimiter)
-    if meta_end < 0 or body[at : at + 2] != b"\r\n":
+    one, found_one, first = first[2:].partition(b"\r\n\r\n")
+    two, found_two, second = second[2:].partition(b"\r\n\r\n")
+    if not (one and two and found_one and found_two) or len(one) + 4 > CACHED_BYTES or len(two) + 4 > CACHED_BYTES:
         return None
-    last = body.find(b"\r\n\r\n", at, at + 2 + MAX_PLAIN_HEADERS)
-    if last < 0:
+    if one[:2] == b"\r\n" or two[:2] == b"\r\n":
         return None
-    payload_end = body.find(delimiter, last + 4)
-    if payload_end < 0 or body[payload_end + len(delimiter) :] not in {b"--\r\n", b"--"}:
-        return None
-    try:
-        if _part_name(body[begin:end]) != "meta" or _part_name(body[at + 2 : last]) != "payload":
-            return None
-    except MultipartError:
-        return None  # the parser says it better
-    return body[end + 4 : meta_end], body[last + 4 : payload_end]
+    return _begin(one), first, _begin(two), second
 
 
 class Parser:
@@ -233,7 +209,7 @@ class Parser:
                     raise MultipartError(f"a part's headers take more than {MAX_HEADER_BYTES} bytes")
                 return False
             block, rest = buffer[:end], end + 4
-        begin = Begin(_parsed(block))
+        begin = _begin(block)
         events.append(begin)
         self._buffer = buffer[rest:]
         length = begin.length if self._trust else None
@@ -281,6 +257,23 @@ class Parser:
     def _epilogue(self, events: list[Event]) -> bool:
         self._buffer = b""
         return False
+
+
+def _begin(block: bytes) -> Begin:
+    # A client's are the same for each message, but for a length.
+    cached = len(block) <= CACHED_BYTES and b"ength" not in block
+    return _seen_block(block) if cached else _read_block(block)
+
+
+def _read_block(block: bytes) -> Begin:
+    headers = _parsed(block)
+    name = parameters(headers.get("content-disposition", ""))[1].get("name")
+    text = headers.get("content-length", "")
+    length = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+    return Begin(headers, name, length)
+
+
+_seen_block = lru_cache(CACHED)(_read_block)
 
 
 def _parsed(block: bytes) -> dict[str, str]:

@@ -411,6 +411,18 @@ async def test_an_extension_by_another_process_is_known_here() -> None:
         assert (await client.post("/v1/queue/nack", delivery.answer(meta_etag=etag))).status == 200
 
 
+@pytest.mark.parametrize("route", ["ack", "nack", "extend"])
+async def test_a_message_that_another_process_acked_is_gone_here_too(route: str) -> None:
+    store = MemoryStore(clock=(clock := testing.ManualClock()))
+    async with serving(pond=testing.pond(store=store, clock=clock)) as client:
+        await client.enqueue("q", b"")
+        [delivery] = await client.dequeue("q")
+        message = delivery.message
+        other = testing.pond(store=store.share(), clock=clock, seed=1)
+        await other.queue("q").handle(message["message_id"], message["lease_id"], message["fencing_token"]).ack()
+        assert error_of(await client.post(f"/v1/queue/{route}", delivery.answer())) == (404, "not_found")
+
+
 async def test_a_nack_keeps_the_error_and_waits_for_its_delay() -> None:
     async with serving() as client:
         await client.enqueue("q", b"")
@@ -460,6 +472,18 @@ async def test_an_answer_that_this_process_has_forgotten_is_as_good() -> None:
         body = json.loads((await client.post("/v1/queue/extend", delivery.answer(extend_by_seconds=5))).body)
         assert body["correlation_id"] == "c"
         await client.ack(delivery)
+
+
+async def test_a_late_answer_makes_nobody_forget_the_holder() -> None:
+    async with serving() as client:
+        await client.enqueue("q", b"")
+        [late] = await client.dequeue("q")
+        await client.pond.advance(31)
+        [holder] = await client.dequeue("q")
+        assert (await client.post("/v1/queue/ack", late.answer())).status == 409
+        assert len(client.context.held) == 1
+        await client.ack(holder)
+        assert len(client.context.held) == 0
 
 
 async def test_what_is_remembered_of_deliveries_is_bounded_and_has_no_payloads() -> None:

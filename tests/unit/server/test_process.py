@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import os
+import resource
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -17,12 +19,14 @@ from tests.unit.server.certificates import Authority, write
 from tests.unit.server.raw import Answer, Connection, request
 
 from millpond import testing
-from millpond.errors import InvalidInput
-from millpond.server import tokens
+from millpond.errors import InvalidInput, StoreError
+from millpond.server import process, tokens
 from millpond.server.config import ServerConfig
 from millpond.server.families import FAMILIES
 from millpond.server.process import Service
 from millpond.server.reload import EVERY
+from millpond.stores.memory import MemoryStore
+from millpond.stores.sqlite import SqliteStore
 
 
 @contextlib.asynccontextmanager
@@ -271,6 +275,40 @@ async def test_an_exposed_server_does_not_start(tmp_path: Path) -> None:
             Service(pond, ServerConfig(auth_tokens=str(tmp_path / "none")))
 
 
+# The process
+
+
+async def test_systemd_is_told_where_it_asked_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process.notify("READY=1")  # nobody asked
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        process.notify("READY=1")
+        assert systemd.recv(100) == b"READY=1"
+    process.notify("STOPPING=1")  # it has gone
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "set_to", "told"),
+    [(10_000, 10_000, None, False), (1024, 10_000, 4224, False), (1024, 2048, 2048, True), (-1, -1, None, False)],
+)
+def test_the_process_may_open_as_many_files_as_it_takes_connections(
+    soft: int,
+    hard: int,
+    set_to: int | None,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: changed.append(limits))
+    process.allow_connections(4096)
+    assert changed == ([] if set_to is None else [(set_to, hard)])
+    assert [record.message for record in caplog.records] == (["millpond.server.few_descriptors"] if told else [])
+
+
 # Limits of the engine and the queue
 
 
@@ -512,3 +550,69 @@ async def test_no_answer_holds_a_path_or_a_traceback(tmp_path: Path) -> None:
             assert not any(word in one.body for word in (b"Traceback", b".py", b"secret", str(tmp_path).encode()))
             assert one.headers["x-content-type-options"] == "nosniff"
             assert "server" not in one.headers
+
+
+# Trouble of the storage
+
+
+async def test_a_full_disk_is_503_and_acks_still_work_and_it_recovers(tmp_path: Path) -> None:
+    clock = testing.ManualClock()
+    store = SqliteStore(tmp_path / "work.db", clock=clock, max_bytes=2_000_000)
+    async with testing.pond(store=store, clock=clock) as pond, serving(pond) as service:
+        url = service.server.url
+        for _ in range(100):
+            answer = await enqueue(url, "orders", payload=bytes(40_000))
+            if answer.status != 200:
+                break
+        assert (code(answer), answer.headers["retry-after"]) == ((503, "store_full"), "1")
+        assert str(tmp_path).encode() not in answer.body
+        assert (await request(url, "GET", "/readyz")).status == 200  # consumers are welcome: they make room
+        taken = json.loads((await ask(url, "/v1/queue/receive", queue="orders", count=100, wait_ms=0)).body)
+        handles = [
+            {name: one[name] for name in ("message_id", "lease_id", "fencing_token")} for one in taken["messages"]
+        ]
+        assert len(handles) > 10
+        done = json.loads((await ask(url, "/v1/queue/ackBatch", queue="orders", messages=handles)).body)
+        assert all(one.get("error") is None for one in done["results"])
+        assert (await enqueue(url, "orders", payload=bytes(40_000))).status == 200
+
+
+class Flaky:
+    """A store that cannot be reached while ``down``."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.down = False
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not self.down or name not in {"write", "take", "get", "ready", "document", "counts", "queues"}:
+            return found
+
+        async def fail(*_: Any, **__: Any) -> Any:
+            raise StoreError("the disk of /var/lib/secret is gone")
+
+        return fail
+
+
+async def test_a_store_that_is_down_is_503_everywhere_and_it_recovers(caplog: pytest.LogCaptureFixture) -> None:
+    clock = testing.ManualClock()
+    store = Flaky(MemoryStore(clock=clock))
+    async with testing.pond(store=store, clock=clock) as pond, serving(pond) as service:  # type: ignore[arg-type]
+        url = service.server.url
+        assert (await enqueue(url, "orders")).status == 200
+        for down in (True, False, True, False):
+            store.down = down
+            await pond.advance(120)  # whatever was remembered of policies is too old by now
+            answers = [
+                await request(url, "GET", "/readyz"),
+                await enqueue(url, "orders"),
+                await ask(url, "/v1/queue/receive", queue="orders", count=1, wait_ms=0),
+                await ask(url, "/v1/queue/counts", queue="orders"),
+                await ask(url, "/v1/queue/stats", queue="orders"),
+            ]
+            assert [one.status for one in answers] == [503 if down else 200] * len(answers)
+            assert (await request(url, "GET", "/healthz")).status == 200
+            assert not any(b"secret" in one.body for one in answers)
+        assert any(record.message == "millpond.server.store_trouble" for record in caplog.records)
+        assert (await scrape(url))['millpond_log_events_total{event="millpond.server.store_trouble"}'] >= 10

@@ -227,11 +227,18 @@ def test_the_boundary_of_a_content_type(value: str, boundary: bytes | None) -> N
 
 def test_names_and_parameters_are_unquoted() -> None:
     disposition = 'form-data; filename="; name=no"; Name="yes\\"y"; name=later'
-    assert Begin({"content-disposition": disposition}).name == 'yes"y'
-    assert Begin({}).name is None
-    assert Begin({"content-length": "12"}).length == 12
-    assert Begin({"content-length": "-1"}).length is None
-    assert Begin({"content-length": "²"}).length is None
+    assert begun(f"Content-Disposition: {disposition}").name == 'yes"y'
+    assert begun("A: b").name is None
+    assert begun("Content-Length: 12").length == 12
+    assert begun("Content-Length: -1").length is None
+    assert begun("Content-Length: ²").length is None
+    assert begun("Content-Length: 12").headers == {"content-length": "12"}
+
+
+def begun(header: str) -> Begin:
+    [begin] = Parser(b"x").feed(b"--x\r\n" + header.encode("latin-1") + b"\r\n\r\n")
+    assert isinstance(begin, Begin)
+    return begin
 
 
 noise = st.lists(
@@ -260,6 +267,35 @@ def test_payloads_come_back_as_they_were(payloads: list[bytes], size: int) -> No
     body = body_of(*payloads)
     pieces = [body[at : at + size] for at in range(0, len(body), size)]
     assert [part.data for part in read(Parser(BOUNDARY.encode()), pieces)] == payloads
+
+
+@given(noise, noise, st.sampled_from(["", "--", "x", "\r\n", " "]))
+def test_the_short_way_for_two_parts_says_what_the_long_way_says(one: bytes, two: bytes, odd: str) -> None:
+    for body in (body_of(one, two), body_of(one, two) + odd.encode(), odd.encode() + body_of(one, two), one + two):
+        pair = multipart.pair(body, BOUNDARY.encode())
+        if pair is None:
+            continue
+        parser = Parser(BOUNDARY.encode())
+        parts = read(parser, [body])
+        assert parser.closed
+        assert [(part.begin, part.data) for part in parts] == [(pair[0], pair[1]), (pair[2], pair[3])]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_the_short_way_is_not_taken_for_a_longer_boundary(at: int) -> None:
+    pieces = body_of(b"{}", b"payload").split(MARK + b"\r\n")
+    odd = pieces[0] + [MARK + b"\r\n", MARK + b"xx"][at == 0] + pieces[1]
+    odd += [MARK + b"\r\n", MARK + b"xx"][at == 1] + pieces[2]
+    assert len(odd) == len(body_of(b"{}", b"payload"))
+    assert multipart.pair(odd, BOUNDARY.encode()) is None
+
+
+def test_the_short_way_is_taken_for_what_clients_send() -> None:
+    for payload in TRAPS:
+        taken = multipart.pair(body_of(b"{}", payload), BOUNDARY.encode())
+        if MARK not in payload:
+            assert taken is not None
+            assert (taken[0].name, taken[1], taken[3]) == ("p", b"{}", payload)
 
 
 @given(st.text(max_size=60))
