@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,13 +13,15 @@ import pytest
 from tests.unit.server.native import JSON, ask, decoded, done, handle, leased, text, until
 from tests.unit.server.raw import Connection, request
 
-from millpond import testing
+from millpond import connect, testing
 from millpond.model.message import Head
 from millpond.server.config import ServerConfig
 from millpond.server.context import Context
 from millpond.server.run import running
 from millpond.service.config import Config
 from millpond.stores.memory import MemoryStore
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.testing import ManualClock
 from millpond.wire import native
 
@@ -417,6 +420,27 @@ async def test_dead_letters_are_listed_page_by_page_redriven_and_purged() -> Non
         reply = await ask(url, "dlq/get", {"queue": "q", "message_id": ids[0]})
         assert (reply.status, reply.code) == (404, "message_not_found")
         assert await done(url, "dlq/purge", {"queue": "q"}) == {"count": 2}
+
+
+async def test_a_cursor_larger_than_the_store_knows_is_none_of_its(tmp_path: Path) -> None:
+    async with connect(f"sqlite:///{tmp_path}/a.db") as pond, running(pond) as url:
+        await pond.queue("q").enqueue(b"1")
+        reply = await ask(url, "dlq/list", {"queue": "q", "cursor": "9" * 39})
+        assert (reply.status, reply.code) == (400, "invalid_input")
+        assert await done(url, "dlq/list", {"queue": "q", "cursor": str(2**63 - 1)}) == {"messages": []}
+
+
+async def test_a_batch_tells_a_store_which_ids_its_producer_chose() -> None:
+    """A bucket looks for a message with the same id only where one may be."""
+    clock = ManualClock()
+    store = ObjectStore(MemoryBucket(clock=clock), clock=clock)
+    async with testing.pond(clock=clock, store=store) as pond, running(pond) as url:
+        earlier = "01970000-0000-7000-8000-000000000001"
+        batch = {"queue": "q", "messages": [{"payload": "", "message_id": earlier}, {"payload": ""}]}
+        await pond.queue("q").enqueue(b"", message_id=earlier, priority=9)
+        receipts = (await done(url, "queue/enqueueBatch", batch))["receipts"]
+        assert [one["duplicate"] for one in receipts] == [True, False]
+        assert (await pond.queue("q").counts()).ready == 2
 
 
 async def test_news_from_outside_wakes_those_who_wait() -> None:

@@ -95,6 +95,26 @@ async def test_the_end_of_a_lease_gives_its_credit_back_but_not_while_it_is_exte
             assert (await pond.queue("q").counts()).leased == 2
 
 
+async def test_an_extension_counts_for_a_delivery_that_this_process_has_forgotten() -> None:
+    async with testing.pond() as pond:
+        context = Context(pond)
+        async with running(pond, context=context) as url:
+            await pond.queue("q").enqueue_many([b"1", b"2"], visibility=10)
+            async with Stream(url, credit=1, heartbeat_ms=600_000) as stream:
+                held = await stream.messages()
+                context.held._held.clear()
+                await answer(url, held, "queue/extendBatch", extend_by_ms=60_000)
+                assert context.streams.find(stream.hello["stream_id"]).next_end() == pond.clock.now_ms() + 60_000  # type: ignore[union-attr]
+                await pond.advance(11)
+                assert (await pond.queue("q").counts()).leased == 1
+                # One that is shortened gives its credit back the sooner.
+                await answer(url, held, "queue/extendBatch", extend_by_ms=5_000)
+                await pond.queue("q").purge()
+                await pond.advance(5)
+                [again] = await stream.messages()
+                assert again["message_id"] == held[0]["message_id"]
+
+
 async def test_more_credit_can_be_given() -> None:
     async with testing.pond() as pond, running(pond) as url:
         await pond.queue("q").enqueue_many([b"%d" % i for i in range(5)])
