@@ -616,3 +616,18 @@ async def test_a_store_that_is_down_is_503_everywhere_and_it_recovers(caplog: py
             assert not any(b"secret" in one.body for one in answers)
         assert any(record.message == "millpond.server.store_trouble" for record in caplog.records)
         assert (await scrape(url))['millpond_log_events_total{event="millpond.server.store_trouble"}'] >= 10
+
+
+async def test_the_figures_of_a_file_are_told(tmp_path: Path) -> None:
+    clock = testing.ManualClock()
+    store = SqliteStore(tmp_path / "work.db", clock=clock)
+    async with testing.pond(store=store, clock=clock) as pond, serving(pond) as service:
+        assert (await enqueue(service.server.url, "orders")).status == 200
+        told = await scrape(service.server.url)
+    assert told["millpond_store_commits_total"] >= 1
+    assert told["millpond_store_operations_total"] >= told["millpond_store_commits_total"]
+    assert told["millpond_store_largest_commit_operations"] >= 1
+    assert told["millpond_store_waiting_operations"] == 0
+    assert told["millpond_store_wal_bytes"] > 0
+    assert told["millpond_store_commit_seconds_total"] >= 0
+    assert {f"millpond_store_{name}" for name in ("busy_errors_total", "lock_wait_seconds_total")} <= set(told)
