@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,9 @@ def _run(settings: Settings, config: ServerConfig) -> int:
         return millpond.connect(config.store, keyring=keyring, config=process.pond_config(config))
 
     def ready(url: str) -> None:
-        settings.output().note(f"serving {redact_url(config.store)} at {url}")
+        # Whoever reads JSON lines has this as an event, and wants nothing else in between.
+        if sys.stderr.isatty():
+            settings.output().note(f"serving {redact_url(config.store)} at {url}; Ctrl-C stops it")
 
     level = "debug" if settings.verbose >= 2 else "error" if settings.quiet else config.log_level
     with logging_to(form=config.log_format, level=level):

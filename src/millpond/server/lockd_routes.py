@@ -352,6 +352,7 @@ async def extend(call: Call) -> None:
         lease = await call.context.pond.service.extend(delivery, seconds)
     except LeaseLost as error:
         raise await _missing_or_lost(call, delivery, error) from error
+    call.context.streams.extended(lease.id, lease.until)
     until = lease.until // 1000
     await call.answer(
         lockd.encode(

@@ -7,14 +7,20 @@ connection ends, because its answers come by others.
 
 from __future__ import annotations
 
+import asyncio
+
+from millpond.errors import TooManyConsumers
 from millpond.server import deliveries
-from millpond.server.context import Call, Disconnected
+from millpond.server.context import Call, Context, Disconnected
 from millpond.server.lockd_requests import DEQUEUE, MAX_PAGE, read, waiting, wish
-from millpond.server.receiving import Presence, claim, give_back, wait
+from millpond.server.receiving import Presence, Wish, claim, give_back, wait
 from millpond.service.consuming import Delivery
 from millpond.wire import lockd
 from millpond.wire.faults import Refusal
 from millpond.wire.multipart import Writer
+
+BUSY_PAUSE = 1.0
+"""Seconds until a stream looks again that may not wait, because too many do."""
 
 
 async def subscribe(call: Call, *, stateful: bool) -> None:
@@ -33,16 +39,31 @@ async def subscribe(call: Call, *, stateful: bool) -> None:
         if not found:
             raise waiting(request.wait_seconds)
         try:
-            while found:
+            while found or patience != 0:
                 await _send(call, presence, made, found, stateful)
                 found = await claim(context, asked)
                 if not found and patience != 0:
-                    found = await presence.run(wait(context, asked, None))
+                    found = await presence.run(_next(context, asked))
         except Refusal:
             if not context.draining:
                 raise
         # What was held back belongs to the next message, or to the end.
         await call.end(made.close)
+
+
+async def _next(context: Context, asked: Wish) -> list[Delivery]:
+    """The next messages; now and then none, when others have taken the places of all who may wait."""
+    try:
+        return await wait(context, asked, None)
+    except TooManyConsumers:
+        # Who has a stream is not to lose it to those who come later.
+        over = asyncio.Event()
+        timer = context.pond.clock.call_later(BUSY_PAUSE, over.set)
+        try:
+            await over.wait()
+        finally:
+            timer.cancel()
+        return []
 
 
 async def _send(call: Call, presence: Presence, made: Writer, found: list[Delivery], stateful: bool) -> None:

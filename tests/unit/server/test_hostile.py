@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from tests.unit.server.native import JSON, MSGPACK, Reply, ask, decoded, done, handle, text, until
 from tests.unit.server.raw import Connection, request
 
-from millpond import testing
+from millpond import connect, testing
 from millpond.errors import Forbidden, StoreBusy, StoreError, StoreFull
 from millpond.server.auth import ANONYMOUS, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
@@ -429,6 +430,23 @@ async def test_trouble_of_the_store_is_503_and_passes(
                 assert int(reply.headers["retry-after"]) >= 1
         monkeypatch.undo()
         assert (await done(url, "queue/counts", {"queue": "q"}))["leased"] == 1
+
+
+async def test_a_full_disk_is_503_for_producers_alone_and_passes(tmp_path: Path) -> None:
+    async with connect(f"sqlite:///{tmp_path}/a.db") as pond, running(pond) as url:
+        await pond.queue("q").enqueue_many([bytes(1000)] * 50)
+        execute = pond.store._writer._applier.execute  # type: ignore[attr-defined]
+        execute(f"PRAGMA max_page_count={execute('PRAGMA page_count').get + 5}")
+        large = {"queue": "q", "messages": [{"payload": text(bytes(50_000))}] * 20}
+        reply = await ask(url, "queue/enqueueBatch", large)
+        assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "store_full", "1")
+        assert str(tmp_path) not in json.dumps(reply.body)
+        messages = (await done(url, "queue/receive", {"queue": "q", "count": 50}))["messages"]
+        acked = await done(url, "queue/ackBatch", {"queue": "q", "messages": [handle(one) for one in messages]})
+        assert [one.get("error") for one in acked["results"]] == [None] * 50
+        execute("PRAGMA max_page_count=1000000")
+        assert len((await done(url, "queue/enqueueBatch", large))["receipts"]) == 20
+        assert (await pond.queue("q").counts()).ready == 20
 
 
 async def test_an_error_that_nobody_foresaw_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

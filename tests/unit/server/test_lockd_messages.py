@@ -474,6 +474,18 @@ async def test_an_answer_that_this_process_has_forgotten_is_as_good() -> None:
         await client.ack(delivery)
 
 
+async def test_a_late_answer_makes_nobody_forget_the_holder() -> None:
+    async with serving() as client:
+        await client.enqueue("q", b"")
+        [late] = await client.dequeue("q")
+        await client.pond.advance(31)
+        [holder] = await client.dequeue("q")
+        assert (await client.post("/v1/queue/ack", late.answer())).status == 409
+        assert len(client.context.held) == 1
+        await client.ack(holder)
+        assert len(client.context.held) == 0
+
+
 async def test_what_is_remembered_of_deliveries_is_bounded_and_has_no_payloads() -> None:
     async with serving() as client:
         client.context.held._capacity = 3

@@ -227,6 +227,13 @@ async def test_a_trace_ends_with_its_request() -> None:
         assert second.parent is None
 
 
+def test_what_is_done_after_a_request_is_of_no_trace() -> None:
+    made = Tracing(ManualClock(), Traced().provider)
+    with made.request([(b"traceparent", PARENT.encode())]):
+        assert trace.get_current_span().get_span_context().is_valid
+    assert not trace.get_current_span().get_span_context().is_valid
+
+
 def test_traces_are_made_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = ManualClock()
     assert tracing("off", clock) is None

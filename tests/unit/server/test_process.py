@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import os
+import resource
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from tests.unit.server.raw import Answer, Connection, request
 
 from millpond import testing
 from millpond.errors import InvalidInput, StoreError
-from millpond.server import tokens
+from millpond.server import process, tokens
 from millpond.server.config import ServerConfig
 from millpond.server.families import FAMILIES
 from millpond.server.process import Service
@@ -271,6 +273,40 @@ async def test_an_exposed_server_does_not_start(tmp_path: Path) -> None:
             Service(pond, ServerConfig(host="0.0.0.0"))
         with pytest.raises(InvalidInput, match=r"tokens file .* cannot be read"):
             Service(pond, ServerConfig(auth_tokens=str(tmp_path / "none")))
+
+
+# The process
+
+
+async def test_systemd_is_told_where_it_asked_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process.notify("READY=1")  # nobody asked
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(path)
+        monkeypatch.setenv("NOTIFY_SOCKET", path)
+        process.notify("READY=1")
+        assert systemd.recv(100) == b"READY=1"
+    process.notify("STOPPING=1")  # it has gone
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "set_to", "told"),
+    [(10_000, 10_000, None, False), (1024, 10_000, 4224, False), (1024, 2048, 2048, True), (-1, -1, None, False)],
+)
+def test_the_process_may_open_as_many_files_as_it_takes_connections(
+    soft: int,
+    hard: int,
+    set_to: int | None,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changed: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: changed.append(limits))
+    process.allow_connections(4096)
+    assert changed == ([] if set_to is None else [(set_to, hard)])
+    assert [record.message for record in caplog.records] == (["millpond.server.few_descriptors"] if told else [])
 
 
 # Limits of the engine and the queue
@@ -580,3 +616,18 @@ async def test_a_store_that_is_down_is_503_everywhere_and_it_recovers(caplog: py
             assert not any(b"secret" in one.body for one in answers)
         assert any(record.message == "millpond.server.store_trouble" for record in caplog.records)
         assert (await scrape(url))['millpond_log_events_total{event="millpond.server.store_trouble"}'] >= 10
+
+
+async def test_the_figures_of_a_file_are_told(tmp_path: Path) -> None:
+    clock = testing.ManualClock()
+    store = SqliteStore(tmp_path / "work.db", clock=clock)
+    async with testing.pond(store=store, clock=clock) as pond, serving(pond) as service:
+        assert (await enqueue(service.server.url, "orders")).status == 200
+        told = await scrape(service.server.url)
+    assert told["millpond_store_commits_total"] >= 1
+    assert told["millpond_store_operations_total"] >= told["millpond_store_commits_total"]
+    assert told["millpond_store_largest_commit_operations"] >= 1
+    assert told["millpond_store_waiting_operations"] == 0
+    assert told["millpond_store_wal_bytes"] > 0
+    assert told["millpond_store_commit_seconds_total"] >= 0
+    assert {f"millpond_store_{name}" for name in ("busy_errors_total", "lock_wait_seconds_total")} <= set(told)

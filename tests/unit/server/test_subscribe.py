@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from tests.unit.server.lockd import Client, Connection, Delivery, error_of, serving, until
 
-from millpond.errors import StoreError
+from millpond.errors import StoreError, TooManyConsumers
+from millpond.server import subscribe
 from millpond.wire.multipart import Begin, Close, Data, End, Parser
 
 
@@ -228,6 +229,29 @@ async def test_an_error_in_the_stream_breaks_it_off_and_does_not_look_like_its_e
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await stream.next()
         assert not stream.closed
+
+
+async def test_a_stream_is_not_lost_to_those_who_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as client, Connection(client.url) as connection:
+        await client.enqueue("q", b"1")
+        dispatcher, real = client.pond.dispatcher, client.pond.dispatcher.wait
+        refused = asyncio.Event()
+
+        async def busy(*args: Any, **more: Any) -> Any:
+            refused.set()
+            raise TooManyConsumers
+
+        monkeypatch.setattr(dispatcher, "wait", busy)
+        stream = await subscribed(client, connection)
+        assert await stream.next() is not None
+        await refused.wait()
+        monkeypatch.setattr(dispatcher, "wait", real)
+        await client.pond.settle()
+        await client.pond.advance(subscribe.BUSY_PAUSE)
+        await client.enqueue("q", b"2")
+        delivery = await stream.next()
+        assert delivery is not None
+        assert delivery.payload == b"2"
 
 
 async def test_many_subscribers_share_a_queue_and_none_is_given_a_message_twice() -> None:
