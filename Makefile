@@ -35,7 +35,7 @@ format: $(VENV)/.dev.stamp  ## put the code in order
 	@$(BIN)/ruff format .
 
 FIGURES ?= run
-bench: $(VENV)/.bench.stamp  ## the figures of this machine, as JSON; FIGURES=bucket for those in a bucket
+bench: $(VENV)/.bench.stamp  ## the figures of this machine, as JSON; FIGURES=bucket, server or workers for those
 	@$(BIN)/python benchmarks/$(FIGURES).py $(ARGS)
 
 # uv looks up the versions; nothing but the lock files needs it. --universal: one lock for all Pythons and systems.

@@ -38,6 +38,8 @@ PAYLOAD = os.urandom(1024)
 BATCH = 100
 WARM_UP = 0.5
 """Seconds that are not counted."""
+LATE = 3.0
+"""Seconds after the end of a run in which what was begun must be done."""
 
 
 class Caller(Protocol):
@@ -97,9 +99,8 @@ async def redis(url: str, callers: int, batch: int) -> AsyncIterator[list[Caller
 class RabbitCaller:
     """A channel to RabbitMQ, which has messages pushed to it."""
 
-    def __init__(self, channel: Any, queue: Any) -> None:
-        self._channel, self._queue = channel, queue
-        self._pushed: asyncio.Queue[Any] = asyncio.Queue()
+    def __init__(self, channel: Any, queue: Any, pushed: asyncio.Queue[Any]) -> None:
+        self._channel, self._queue, self._pushed = channel, queue, pushed
 
     async def consume(self) -> None:
         """Have messages pushed from now on."""
@@ -135,11 +136,14 @@ async def rabbitmq(url: str, callers: int, batch: int) -> AsyncIterator[list[Cal
 
     connections = [await aio_pika.connect(url) for _ in range((callers + 7) // 8)]
     made = []
+    # Singly, all callers take from what was pushed to any of them: otherwise one would wait for a message that lies
+    # with another who does not ask. An ack of many is for those of one channel.
+    shared: asyncio.Queue[Any] = asyncio.Queue()
     for number in range(callers):
         channel = await connections[number // 8].channel(publisher_confirms=True)
         await channel.set_qos(prefetch_count=batch)
         queue = await channel.declare_queue("bench", durable=True, arguments={"x-queue-type": "quorum"})
-        made.append(RabbitCaller(channel, queue))
+        made.append(RabbitCaller(channel, queue, shared if batch == 1 else asyncio.Queue()))
     for caller in made:
         await caller.consume()
     yield list(made)
@@ -386,8 +390,17 @@ async def at_a_rate(callers: list[Caller], per_second: float, tally: Tally) -> d
                 whole.append(moments[-1] - due)
                 calls.extend(after - before for before, after in itertools.pairwise(moments))
 
-    await asyncio.gather(*map(work, callers))
+    await finish([asyncio.ensure_future(work(caller)) for caller in callers], tally)
     return {"lifecycle": percentiles(whole), "call": percentiles(calls)}
+
+
+async def finish(running: list[asyncio.Future[None]], tally: Tally) -> None:
+    """Wait for them until a little after the end: then some wait for a message that was another's."""
+    done, late = await asyncio.wait(running, timeout=tally.end + LATE - time.perf_counter())
+    for task in late:
+        task.cancel()
+    for task in done:
+        task.result()
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -407,13 +420,7 @@ async def main() -> None:
         if mode == "latency":
             result = await at_a_rate(made, float(rest[0]), tally)
         else:
-            running = [asyncio.ensure_future(lifecycles(caller, batch, tally)) for caller in made]
-            # Some wait for a message that was another's when the time is up.
-            done, late = await asyncio.wait(running, timeout=WARM_UP + float(seconds) + 3)
-            for task in late:
-                task.cancel()
-            for task in done:
-                task.result()
+            await finish([asyncio.ensure_future(lifecycles(caller, batch, tally)) for caller in made], tally)
         result |= {
             "lifecycles": tally.done,
             "per_second": tally.done / float(seconds),

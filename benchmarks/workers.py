@@ -8,7 +8,7 @@ always``, PostgreSQL as it comes. The worker has one core and the broker, where 
 is set up as its documentation recommends, in `worker_apps`; where that leaves a choice that matters for speed, the
 choices stand side by side. ``cpu_us_each`` is the worker's CPU time for a job, without the broker's.
 
-- *millpond*: `millpond worker`, one process.
+- *millpond*: `millpond worker`, one process, with a consumer; *millpond_task*: with a task, as the others have it.
 - *celery*: prefork with one child process (``-c 1``), prefetching as it comes; *celery_solo*: the pool without a
   child.
 - *dramatiq*: one process with eight threads, as it comes.
@@ -66,11 +66,13 @@ class System:
     """Before the broker's URL."""
 
 
+MILLPOND = ("millpond", "worker")
 CELERY = ("celery", "-A", "worker_apps.celery_app", "worker", "-l", "WARNING", "-c", "1")
 LEAN = ("--without-gossip", "--without-mingle", "--without-heartbeat")
 SYSTEMS = {
-    "millpond": System(
-        "millpond_app", embedded, ("millpond", "worker", "worker_apps.millpond_app:pond"), 5, "sqlite:///"
+    "millpond": System("millpond_app", embedded, (*MILLPOND, "worker_apps.millpond_app"), 5, "sqlite:///"),
+    "millpond_task": System(
+        "millpond_task_app", embedded, (*MILLPOND, "worker_apps.millpond_task_app"), 5, "sqlite:///"
     ),
     "celery": System("celery_app", brokers.redis, (*CELERY, *LEAN)),
     "celery_solo": System("celery_app", brokers.redis, (*CELERY, *LEAN, "--pool", "solo")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from millpond.errors import InvalidInput, StoreError
+from millpond.errors import InvalidInput
 from millpond.model.clock import Clock, SystemClock
 from millpond.pond import DEFAULT_URL, Pond, open_store
 from millpond.stores.base import Reach
@@ -43,18 +43,13 @@ def connect(
     its wait, tries included (30). Each of these may stand in the URL's query as well. ``keyring``, ``config`` and
     ``accept_plain`` are the server's to have.
 
-    Raises InvalidInput for a URL that cannot be right, StoreError where a bucket or a server needs a package that is
-    not installed; opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
+    Raises InvalidInput for a URL that cannot be right, StoreError where a bucket needs a package that is not
+    installed; opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
     if url.partition(":")[0].lower() in SERVERS:
         if keyring is not None or config is not None or accept_plain:
             raise InvalidInput("keyring, config and accept_plain belong to the server of this URL: give them to it")
-        try:
-            from millpond.client.pond import RemotePond
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] == "millpond":
-                raise
-            message = f"a server's URL needs more packages: pip install 'millpond[http]' ({error.name} is missing)"
-            raise StoreError(message) from error
+        from millpond.client.pond import RemotePond
+
         return RemotePond(url, clock=clock, token=token, ca=ca, cert=cert, key=key, timeout=timeout)
     given = {"token": token, "ca": ca, "cert": cert, "key": key, "timeout": timeout}
     if wrong := [name for name, value in given.items() if value is not None]:

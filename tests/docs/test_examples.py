@@ -32,6 +32,7 @@ NOT_RUN = {
     "docs/guides/dead-letters.md": 0,
     "docs/guides/large-payloads.md": 0,
     "docs/guides/buckets.md": 1,
+    "docs/guides/http-client.md": 1,
     "docs/guides/requests.md": 0,
     "docs/guides/testing.md": 0,
     "docs/guides/command-line.md": 2,

@@ -55,10 +55,11 @@ class Settings:
         return pond.queue(name, namespace=self.namespace or "default")
 
     def open(self) -> Pond:
-        """The pond at ``--store``."""
+        """The pond at ``--store``. A server's token comes from MILLPOND_TOKEN, for others can read a command line."""
         import millpond
 
-        return millpond.connect(self.store, keyring=self.load_keyring())
+        token = os.environ.get("MILLPOND_TOKEN") if self.store.lower().startswith(("http://", "https://")) else None
+        return millpond.connect(self.store, keyring=self.load_keyring(), token=token or None)
 
     def load_keyring(self) -> Keyring | None:
         """The keyring of ``--keyring``, else of MILLPOND_KEYRING, else None. Raises InvalidInput, OSError."""

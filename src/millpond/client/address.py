@@ -59,6 +59,7 @@ def parse(url: str, given: Mapping[str, Any]) -> Address:
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     rest, question, query = rest.partition("?")
+    rest = rest.replace(f",{scheme}://", ",")  # as it may be written for each
     hosts, slash, path = rest.partition("/")
     shown = f"{scheme}://{hosts}{slash}{path}"
     if scheme not in ("http", "https") or not separator or not hosts.strip(","):
@@ -71,8 +72,7 @@ def parse(url: str, given: Mapping[str, Any]) -> Address:
         raise InvalidInput("a server's URL has no user and password: give a token")
     endpoints: list[str] = []
     for host in hosts.split(","):
-        one = host.strip().removeprefix(f"{scheme}://")
-        endpoints.append(f"{scheme}://{_host_and_port(one, shown)}{slash}{path}".rstrip("/"))
+        endpoints.append(f"{scheme}://{_host_and_port(host.strip(), shown)}{slash}{path}".rstrip("/"))
     if len(endpoints) > MAX_ENDPOINTS:
         raise InvalidInput(f"{len(endpoints)} servers are more than {MAX_ENDPOINTS}")
     options = _options(query, shown) if question else {}

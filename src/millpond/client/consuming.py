@@ -129,7 +129,7 @@ class Consuming(Producing):
 
     async def _give_back(self, call: asyncio.Future[bytes], attempt: Attempt) -> None:
         """Defer what a receive brings that nobody waits for any more."""
-        if attempt.link is None or not attempt.link.used:
+        if attempt.link is None or attempt.link.connection is None:
             call.cancel()  # nothing was sent
         timer = self.clock.call_later(GIVE_BACK, lambda: None if attempt.link is None else attempt.link.cut())
         try:

@@ -125,10 +125,17 @@ class Producing(Asking):
             for name in native.NewMessage.__struct_fields__
             if name != "payload" and (value := getattr(message, name)) is not None
         }
+        if message.max_attempts == 0:
+            meta["unlimited_attempts"] = True  # 0 is lockd's word for "the default"
         try:
             head = msgspec.json.encode({"namespace": key[0], "queue": key[1], **meta})
+            same = msgspec.json.decode(msgspec.json.encode(message.attributes)) == message.attributes
         except (TypeError, ValueError) as error:
-            raise InvalidInput(f"attributes of a message with a large payload must be JSON: {error}") from error
+            raise InvalidInput(f"attributes of a message with a streamed payload must be JSON: {error}") from error
+        if not same:
+            raise InvalidInput(
+                "attributes of a message with a streamed payload must be JSON; there are bytes among them"
+            )
         boundary = BOUNDARY + self.ids.random(16).hex()
 
         opening = (

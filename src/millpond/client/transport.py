@@ -12,19 +12,13 @@ import contextlib
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar
-from typing import Any
-
-import aiohttp
-from yarl import URL
 
 from millpond.client.address import Address
-from millpond.client.lane import CONNECT_TIMEOUT, IDLE, Answer, Connection, Lane
-from millpond.errors import InvalidInput, MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
+from millpond.client.lane import Answer, Connection, Lane
+from millpond.errors import MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
 from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.wire import faults
-from millpond.wire.headers import MSGPACK
 
 TRIES_PER_TIMEOUT = 3
 """Of a call's time-out each try has a third at most: a server that hangs must leave time for the next one."""
@@ -51,48 +45,24 @@ _PROXY = frozenset({502, 503, 504})
 class Link:
     """The connection that a try goes over, once it has one."""
 
-    __slots__ = ("cut_off", "lane", "stream")
+    __slots__ = ("connection", "cut_off")
 
     def __init__(self) -> None:
-        self.lane: Connection | None = None
-        self.stream: Any = None
-        """aiohttp's, of a payload that is streamed."""
+        self.connection: Connection | None = None
         self.cut_off = False
         """We ended it: it took too long, or nobody wants it any more."""
-
-    @property
-    def used(self) -> bool:
-        """The request went out, or began to."""
-        return self.lane is not None or self.stream is not None
 
     def cut(self) -> None:
         """End the connection; who waits for an answer on it is told."""
         self.cut_off = True
-        if self.lane is not None:
-            self.lane.abort()
-        elif self.stream is not None and self.stream.transport is not None:
-            self.stream.transport.abort()
+        if self.connection is not None:
+            self.connection.abort()
 
     def hang_up(self) -> None:
         """Say that nothing more comes, and still read what is on its way."""
         self.cut_off = True
-        if self.lane is not None:
-            self.lane.hang_up()
-        else:
-            self.cut()
-
-
-_link: ContextVar[Link] = ContextVar("millpond_link")
-
-
-class _Request(aiohttp.ClientRequest):
-    """A request that says which connection it went out on."""
-
-    async def send(self, conn: Any) -> aiohttp.ClientResponse:
-        link = _link.get(None)
-        if link is not None:
-            link.stream = conn
-        return await super().send(conn)
+        if self.connection is not None:
+            self.connection.hang_up()
 
 
 class Attempt:
@@ -162,13 +132,12 @@ class Transport:
         self._tls = address.tls()
         self.endpoints = [Endpoint(url) for url in address.endpoints]
         self._current = self.endpoints[0]
-        self._headers = {"Content-Type": MSGPACK, "Accept": MSGPACK}
+        self._headers: dict[str, str] = {}
         if address.token is not None:
             self._headers["Authorization"] = f"Bearer {address.token}"
         self._places = asyncio.Semaphore(CONNECTIONS)
-        self._streams: aiohttp.ClientSession | None = None
+        self._streams = asyncio.Semaphore(STREAMS)
         self._opened = self._closed = False
-        self._urls: dict[tuple[str, str], URL] = {}
         self.requests = self.failures = self.repeats = self.under_way = 0
         """Tries made, those that came to nothing, those that followed one, and those that wait for their answer."""
 
@@ -186,30 +155,12 @@ class Transport:
         """Be ready to connect; connects to nothing."""
         self._opened = True
 
-    def _session(self) -> aiohttp.ClientSession:
-        """For payloads that are streamed; made for the first of them."""
-        if self._streams is None:
-            self._streams = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    ssl=True if self._tls is None else self._tls, limit=STREAMS, keepalive_timeout=IDLE
-                ),
-                headers=self._headers,
-                skip_auto_headers=("User-Agent", "Accept-Encoding"),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-                auto_decompress=False,
-                request_class=_Request,
-            )
-        return self._streams
-
     async def close(self) -> None:
         """Close every connection. Safe to repeat."""
         self._closed = True
         for endpoint in self.endpoints:
             if endpoint.lane is not None:
                 endpoint.lane.close()
-        if self._streams is not None:
-            await self._streams.close()
 
     # Calls
 
@@ -261,7 +212,7 @@ class Transport:
                 timers.pop().cancel()
             timers.append(self.io_clock.call_later(limit, link.cut))
 
-        async def chunks(link: Link) -> AsyncIterator[bytes]:
+        async def chunks(link: Link) -> AsyncGenerator[bytes, None]:
             nonlocal given, wrong
             source = body()
             try:
@@ -272,7 +223,7 @@ class Transport:
                     timers.pop().cancel()
                 watch(link)
             except BaseException as error:
-                # aiohttp would make a connection's trouble of it.
+                # A file's OSError is no trouble of the connection.
                 wrong = error
                 raise
             finally:
@@ -281,9 +232,13 @@ class Transport:
                     await close()
 
         async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
-            headers = {"Content-Type": content_type, "Accept": "application/json"}
+            async def send(lane: Lane, connection: Connection) -> Answer:
+                return await lane.upload(connection, path, content_type, chunks(link))
+
             try:
-                return await self._exchange(endpoint, path, chunks(link), link, None, headers)
+                async with self._streams:
+                    # One that was kept may have ended meanwhile, which shows too late for what cannot be sent again.
+                    return await self._use(endpoint, link, None, send, fresh=not again)
             except _Trouble as trouble:
                 if isinstance(wrong, Exception):
                     raise wrong from None
@@ -301,37 +256,44 @@ class Transport:
 
     async def download(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """The body of an answer in chunks. Raises as `call`; StoreUnreachable when it breaks off."""
-        opened: list[tuple[aiohttp.ClientResponse, Link]] = []
         limit = self._address.timeout / TRIES_PER_TIMEOUT
+        opened: list[tuple[Endpoint, Link]] = []
 
         async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
-            keep: list[aiohttp.ClientResponse] = []
-            answer = await self._exchange(endpoint, path, body, link, min(limit, left), keep=keep)
-            opened.extend((response, link) for response in keep)
-            return answer
+            async def send(lane: Lane, connection: Connection) -> Answer:
+                answer = await connection.ask(lane.request(path, body), stream=True)
+                if answer.status == 200:
+                    opened.append((endpoint, link))
+                return answer
 
-        await self._persist(once, Attempt(), changes=False)
-        [(response, link)] = opened
-        received = 0
-        try:
-            while True:
-                timer = self.io_clock.call_later(limit, link.cut)
-                try:
-                    chunk = await response.content.readany()
-                finally:
-                    timer.cancel()
-                if not chunk:
-                    break
-                received += len(chunk)
-                yield chunk
-            response.release()
-        except (aiohttp.ClientError, OSError) as error:
-            raise StoreUnreachable(
-                f"the payload broke off after {received} bytes from {response.url.origin()} ({_words(error)}); read it "
-                "again"
-            ) from error
-        finally:
-            response.close()
+            return await self._use(endpoint, link, min(limit, left), send)
+
+        async with self._streams:
+            await self._persist(once, Attempt(), changes=False)
+            [(endpoint, link)] = opened
+            connection, lane = link.connection, endpoint.lane
+            assert connection is not None
+            assert lane is not None
+            received = 0
+            try:
+                while True:
+                    timer = self.io_clock.call_later(limit, link.cut)
+                    try:
+                        chunk = await connection.chunk()
+                    finally:
+                        timer.cancel()
+                    if not chunk:
+                        return
+                    received += len(chunk)
+                    yield chunk
+            except OSError as error:
+                self._check_open()
+                text = "nothing comes any more" if link.cut_off else _words(error)
+                raise StoreUnreachable(
+                    f"the payload broke off after {received} bytes from {endpoint.url} ({text}); read it again"
+                ) from error
+            finally:
+                lane.put_back(connection)
 
     async def _persist(
         self,
@@ -452,6 +414,22 @@ class Transport:
         self, endpoint: Endpoint, path: str, body: Callable[[], bytes] | bytes, link: Link, limit: float
     ) -> Answer:
         """A call: send it, and read the answer. Raises _Trouble."""
+
+        async def send(lane: Lane, connection: Connection) -> Answer:
+            return await connection.ask(lane.request(path, body if isinstance(body, bytes) else body()))
+
+        return await self._use(endpoint, link, limit, send)
+
+    async def _use(
+        self,
+        endpoint: Endpoint,
+        link: Link,
+        limit: float | None,
+        send: Callable[[Lane, Connection], Awaitable[Answer]],
+        *,
+        fresh: bool = False,
+    ) -> Answer:
+        """A try on a connection to the server, which is kept if all went well. Raises _Trouble."""
         self._check_open()
         lane = endpoint.lane
         if lane is None:
@@ -459,90 +437,26 @@ class Transport:
         connection: Connection | None = None
         timer: TimerHandle | None = None
         try:
-            connection = await lane.connection()
-            request = lane.request(path, body if isinstance(body, bytes) else body())
-            link.lane = connection
-            timer = self.io_clock.call_later(limit, link.cut)
-            return await connection.ask(request)
-        except OSError as error:
-            if self._closed:
-                raise StoreClosed("the pond was closed while this call was under way") from None
-            text = "no answer in time" if link.cut_off else _words(error)
-            raise _Trouble(text, sent=link.used) from error
-        except asyncio.CancelledError:
+            connection = link.connection = await lane.connection(fresh=fresh)
+            if limit is not None:
+                timer = self.io_clock.call_later(limit, link.cut)
+            answer = await send(lane, connection)
+        except BaseException as error:
             if connection is not None:
                 connection.abort()  # its answer would be taken for the next one's
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-            if connection is not None:
                 lane.put_back(connection)
-
-    async def _exchange(
-        self,
-        endpoint: Endpoint,
-        path: str,
-        body: Any,
-        link: Link,
-        limit: float | None,
-        headers: dict[str, str] | None = None,
-        keep: list[aiohttp.ClientResponse] | None = None,
-    ) -> Answer:
-        """Send it and read the answer; ``keep`` gets the response of a success instead, unread. Raises _Trouble."""
-        self._check_open()
-        session = self._session()
-        _link.set(link)
-        timer: TimerHandle | None = None if limit is None else self.io_clock.call_later(limit, link.cut)
-        response: aiohttp.ClientResponse | None = None
-        try:
-            response = await session.request(
-                "POST", self._url(endpoint, path), data=body, headers=headers, allow_redirects=False
-            )
-            if keep is not None and response.status == 200:
-                keep.append(response)
-                response = None
-                return Answer(200, None, b"")
-            return Answer(response.status, response.headers.get("Retry-After"), await self._read(response))
-        except (aiohttp.ClientError, OSError) as error:  # time-outs are OSErrors
+            if not isinstance(error, OSError):
+                raise
             if self._closed:
                 raise StoreClosed("the pond was closed while this call was under way") from None
-            if isinstance(error, aiohttp.InvalidURL):
-                raise InvalidInput(f"{endpoint.url} is no URL of a server") from error
             text = "no answer in time" if link.cut_off else _words(error)
-            raise _Trouble(text, sent=link.used) from error
-        except RuntimeError as error:
-            # aiohttp's word for a session that was closed meanwhile.
-            if not self._closed:
-                raise
-            raise StoreClosed("the pond was closed while this call was under way") from error
+            raise _Trouble(text, sent=connection is not None) from error
         finally:
             if timer is not None:
                 timer.cancel()
-            if response is not None:
-                response.release()
-
-    @staticmethod
-    async def _read(response: aiohttp.ClientResponse) -> bytes:
-        length = response.content_length
-        if length is not None and length <= MAX_ANSWER:
-            return await response.read()
-        parts: list[bytes] = []
-        size = 0
-        async for chunk in response.content.iter_any():
-            size += len(chunk)
-            if size > MAX_ANSWER:
-                response.close()
-                raise StoreError(f"{response.url.origin()} answers with more than {MAX_ANSWER} bytes; ask for less")
-            parts.append(chunk)
-        return b"".join(parts)
-
-    def _url(self, endpoint: Endpoint, path: str) -> URL:
-        key = (endpoint.url, path)
-        url = self._urls.get(key)
-        if url is None:
-            url = self._urls[key] = URL(endpoint.url + path)
-        return url
+        if connection.whole:
+            lane.put_back(connection)
+        return answer
 
 
 def _seconds(value: str | None) -> float | None:
@@ -556,12 +470,8 @@ def _seconds(value: str | None) -> float | None:
 
 def _words(error: BaseException) -> str:
     """What went wrong with a connection, without addresses, which are said beside it."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return f"its certificate is not accepted: {error.certificate_error}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message}"
     if isinstance(error, OSError) and error.errno and error.errno > 0:
         return os.strerror(error.errno).lower()
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "it closed the connection"
     return str(error) or type(error).__name__

@@ -8,7 +8,7 @@ unforeseen one, no path and no traceback can reach a client.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from millpond.errors import MillpondError, StoreClosed, StoreError
@@ -20,6 +20,8 @@ from millpond.wire.faults import Refusal
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
+
+    from millpond.server.tracing import Tracing
 
 log = logging.getLogger("millpond.server")
 
@@ -56,15 +58,17 @@ class App:
         call = Call(self.context, scope, receive, send)
         await self.run(call, self.hot.get(call.route))
 
-    async def run(self, call: Call, handler: Handler | None) -> None:
+    def run(self, call: Call, handler: Handler | None) -> Awaitable[None]:
         """Answer a request: by its handler, or where it is none of the hot ones through Starlette. Raises CutOff when
-        it went wrong after the answer had begun."""
+        it went wrong after the answer had begun. To be awaited by the request's own task."""
         logs.current.set(call)
         if self.context.tracing is None:
+            return self._answer(call, handler)
+        return self._traced(self.context.tracing, call, handler)
+
+    async def _traced(self, tracing: Tracing, call: Call, handler: Handler | None) -> None:
+        with tracing.request(call.scope["headers"]):
             await self._answer(call, handler)
-        else:
-            with self.context.tracing.request(call.scope["headers"]):
-                await self._answer(call, handler)
 
     async def _answer(self, call: Call, handler: Handler | None) -> None:
         metrics = self.context.metrics

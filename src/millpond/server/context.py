@@ -250,6 +250,12 @@ class Call:
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
+    @property
+    def vanished(self) -> bool:
+        """It is known by now that the client has gone away, so that what is written does not reach it. False may be out
+        of date, but not for whoever writes at once."""
+        return False
+
     # What is answered
 
     async def answer(

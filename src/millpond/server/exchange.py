@@ -56,9 +56,9 @@ class Exchange(Call):
         "_chunked",
         "_connection",
         "_left",
+        "_signal",
         "disconnected",
         "keep_alive",
-        "message_event",
         "response_complete",
         "response_started",
         "waiting_for_100_continue",
@@ -76,7 +76,14 @@ class Exchange(Call):
         self.response_started = False
         self.response_complete = False
         self.waiting_for_100_continue = False
-        self.message_event = Signal()
+        self._signal: Signal | None = None
+
+    @property
+    def message_event(self) -> Signal:
+        """Set when the client goes away. Made when somebody asks: few do."""
+        if self._signal is None:
+            self._signal = Signal()
+        return self._signal
 
     def feed(self, data: bytes) -> None:
         """More of the body."""
@@ -105,6 +112,10 @@ class Exchange(Call):
     async def gone(self) -> None:
         while not self.disconnected:
             await self.message_event.wait()
+
+    @property
+    def vanished(self) -> bool:
+        return self.disconnected
 
     # What is answered
 
@@ -164,15 +175,17 @@ class Exchange(Call):
             fields.append(SHUTDOWN_HEADER)
         self.started = self.response_started = True
         self.status = status
-        lines = [STATUS_LINE[status]]
-        for name, value in self._connection.server_state.default_headers:
-            lines += (name, b": ", value, b"\r\n")
-        for name, value in fields:
-            if b"\n" in value or b"\r" in value:
-                raise RuntimeError(f"the value of {name!r} would end its line")
-            lines += (name, b": ", value, b"\r\n")
-        lines.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        return b"".join(lines)
+        parts = [STATUS_LINE[status]]
+        parts += [b"%b: %b\r\n" % field for field in self._connection.server_state.default_headers]
+        parts += [b"%b: %b\r\n" % field for field in fields]
+        parts.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        head = b"".join(parts)
+        # Nothing that an answer is made of may end its line: no name of a type, no id, no etag.
+        lines = len(parts) if self.keep_alive else len(parts) + 1
+        if head.count(b"\n") != lines or head.count(b"\r") != lines:
+            self.started = self.response_started = False
+            raise RuntimeError("a header of the answer has a line break in it")
+        return head
 
     async def _write(self, data: bytes) -> None:
         flow = self._connection.flow
@@ -212,6 +225,14 @@ class FastProtocol(Protocol):
         """The request that is coming in, where it is one for here."""
         self._handler: Handler | None = None
 
+    def eof_received(self) -> None:
+        """The client hung up. What was written it still reads; from here on nothing is, though uvicorn learns of it
+        only with the next turn of the loop."""
+        cycle: RequestResponseCycle | Exchange | None = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+
     def on_message_begin(self) -> None:
         self.url = b""
         self.expect_100_continue = False
@@ -226,9 +247,7 @@ class FastProtocol(Protocol):
             return
         path, self._handler = found
         scope = self.scope_of_request()
-        scope["path"] = path
-        scope["method"] = "POST"
-        scope["query_string"] = b""
+        scope.update(path=path, method="POST", query_string=b"")
         exchange = Exchange(self, self._application, scope, keep_alive=self.parser.should_keep_alive())
         self._exchange = exchange
         self.cycle = exchange  # type: ignore[assignment]
@@ -245,14 +264,11 @@ class FastProtocol(Protocol):
             or parser.should_upgrade()
         ):
             return False
-        size = None
-        for name, value in self.headers:
+        for name, size in self.headers:
             if name == b"content-length":
-                size = value
-            elif name == b"transfer-encoding":
-                return False
-        # The parser has seen to it that this is a number.
-        return size is not None and len(size) <= 5 and int(size) <= MAX_BODY
+                # The parser has seen to it that this is a number, and that the body does not come in chunks as well.
+                return len(size) <= 5 and int(size) <= MAX_BODY
+        return False
 
     def scope_of_request(self) -> AsgiScope:
         """What handlers look at; `FastProtocol` adds the rest."""
@@ -281,9 +297,7 @@ class FastProtocol(Protocol):
             super().on_message_complete()
             return
         self._exchange = None
-        task = self.loop.create_task(self._run(exchange, handler))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(self.loop.create_task(self._run(exchange, handler)))
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:
@@ -291,6 +305,9 @@ class FastProtocol(Protocol):
         except CutOff:
             pass  # the client sees by the connection that its answer is not whole
         finally:
+            task = asyncio.current_task()
+            if task is not None:
+                self.tasks.discard(task)
             if not exchange.response_complete:
                 exchange.response_complete = True
                 self.transport.close()

@@ -89,6 +89,7 @@ FAMILIES: tuple[Family, ...] = (
         (),
         "Calls that failed because another process held the store (SQLite).",
     ),
+    Family("millpond_store_waiting_operations", "gauge", (), "Operations that wait for a commit (SQLite)."),
     Family("millpond_store_wal_bytes", "gauge", (), "Size of the write-ahead log (SQLite)."),
     Family("millpond_store_requests_total", "counter", ("kind",), "Requests to a store that charges for them."),
 )

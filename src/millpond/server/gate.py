@@ -25,9 +25,9 @@ TICK = 0.1
 HIGH = 8_000
 """Ops that wait for the store: about a quarter of a second of what SQLite writes, by which each answer is late."""
 LOW = 2_000
-LATE = 0.25
-"""Seconds that the event loop may be late."""
-IN_TIME = 0.1
+LATE = 0.5
+"""Seconds that the event loop may be late, at one look; at two in a row it is more than a hiccup of the machine."""
+IN_TIME = 0.25
 STALLED = 2.0
 """Seconds without a commit, while ops wait, after which the store counts as stalled."""
 PATIENCE = 1.0
@@ -60,6 +60,7 @@ class LoadGate:
         self._timer: TimerHandle | None = None
         self._due = 0.0
         self._came = False
+        self._was_late = False
         self._done = -1
         self._done_at = 0.0
         self._waiting: dict[asyncio.Future[bool], None] = {}
@@ -103,8 +104,9 @@ class LoadGate:
         if load.done != self._done or not load.waiting:
             self._done, self._done_at = load.done, now
         stalled = now - self._done_at >= STALLED
+        was_late, self._was_late = self._was_late, late > LATE
         if not self.closed:
-            if load.waiting > HIGH or late > LATE or stalled:
+            if load.waiting > HIGH or (was_late and self._was_late) or stalled:
                 self._turn(True, load, late)
         elif load.waiting < LOW and late < IN_TIME and not stalled:
             self._turn(False, load, late)

@@ -10,18 +10,28 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
+import msgspec
+
 from millpond.service.consuming import Delivery
 
 CAPACITY = 16_384
-"""Records kept, about a kilobyte each; payloads are not. Enough for what a busy server has in flight."""
+"""Records kept. Enough for what a busy server has in flight."""
+MAX_BYTES = 64 * 1024 * 1024
+"""What these may take, as far as it is not the same for all: attributes and last errors, which can have 80 KiB. Without
+them a record is about a kilobyte; payloads are not kept."""
+
+_size = msgspec.msgpack.Encoder().encode
 
 
 class Held:
     """The latest deliveries of this process, the least recent ones forgotten first."""
 
-    def __init__(self, capacity: int = CAPACITY) -> None:
+    def __init__(self, capacity: int = CAPACITY, max_bytes: int = MAX_BYTES) -> None:
         self._capacity = capacity
+        self._room = max_bytes
         self._held: OrderedDict[str, Delivery] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        """Of those that have anything of their own."""
         self.answered: Callable[[str], object] = lambda lease_id: None
         """Told the lease of each delivery that is over."""
 
@@ -31,10 +41,24 @@ class Held:
     def keep(self, delivery: Delivery) -> None:
         """Remember a delivery whose payload is on its way: the payload is let go."""
         delivery.payload = None
-        held = self._held
-        held[delivery.id] = delivery
-        if len(held) > self._capacity:
-            held.popitem(last=False)
+        held, id = self._held, delivery.id
+        before = held.get(id)
+        if before is not None:
+            self._forget(id, before if before is not delivery else None)
+        held[id] = delivery
+        record = delivery.record
+        if record is not None and (record.head.attributes is not None or record.status.last_error is not None):
+            size = self._sizes[id] = len(_size((record.head.attributes, record.status.last_error)))
+            self._room -= size
+        while held and (self._room < 0 or len(held) > self._capacity):
+            self._forget(*held.popitem(last=False))
+
+    def _forget(self, id: str, delivery: Delivery | None) -> None:
+        """One that is not kept any more."""
+        self._room += self._sizes.pop(id, 0)
+        if delivery is not None:
+            # Streams remember who has what; of the message itself they need nothing.
+            delivery.record = delivery.given = None
 
     def get(self, namespace: str, queue: str, id: str, lease_id: str, token: int) -> Delivery:
         """The delivery that an answer is for, as remembered, or made from its names (all normalised)."""
@@ -55,4 +79,5 @@ class Held:
         kept = self._held.get(delivery.id)
         if kept is not None and kept.lease_id == delivery.lease_id:
             del self._held[delivery.id]
+            self._forget(delivery.id, None)
         self.answered(delivery.lease_id)

@@ -54,6 +54,7 @@ _STORE_FIGURES = {
     "largest_commit": "millpond_store_largest_commit_operations",
     "lock_wait_seconds": "millpond_store_lock_wait_seconds_total",
     "busy_errors": "millpond_store_busy_errors_total",
+    "waiting_ops": "millpond_store_waiting_operations",
     "wal_bytes": "millpond_store_wal_bytes",
 }
 _OPERATIONS = {

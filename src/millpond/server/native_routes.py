@@ -18,7 +18,7 @@ from millpond.model import names
 from millpond.server import native_operations as operations
 from millpond.server import views
 from millpond.server.auth import Scope
-from millpond.server.context import JSON_HEADER, Call, Handler, Header
+from millpond.server.context import JSON_HEADER, Call, Disconnected, Handler, Header
 from millpond.server.receiving import give_back
 from millpond.server.streams import stream
 from millpond.wire import headers, native
@@ -204,6 +204,10 @@ def _handler(route: Route) -> Handler:
             except BaseException:
                 give_back(call.context, deliveries)
                 raise
+            if call.vanished:
+                # It went while the messages were claimed: what is written now is lost.
+                give_back(call.context, deliveries)
+                raise Disconnected
             held = call.context.held
             for delivery in deliveries:
                 held.keep(delivery)

@@ -77,6 +77,7 @@ class Outstanding:
         if lease_id in self._ends:
             self._ends[lease_id] = until
             self._first_end = min(self._first_end, until)
+            self.on_room()  # who waits for the end of a lease waits for another one now
 
     def more(self, credit: int) -> int:
         """Give more credit; how much it is then."""

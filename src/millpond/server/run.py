@@ -15,8 +15,9 @@ from collections.abc import AsyncIterator, Callable
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
-from millpond.errors import StoreError
+from millpond.errors import InvalidInput, StoreError
 from millpond.pond import Pond
+from millpond.server.auth import OpenAuthority
 from millpond.server.config import ServerConfig
 from millpond.server.context import Context, CutOff
 
@@ -35,8 +36,10 @@ DRAIN_LOOK = 0.05
 class Server:
     """A server on a pond, which stays its caller's to open and to close."""
 
-    def __init__(self, context: Context, *, tls: ssl.SSLContext | None = None) -> None:
-        """``tls``: a server's context, made by the caller. Raises StoreError where a package is missing."""
+    def __init__(self, context: Context, *, tls: ssl.SSLContext | None = None, port: int | None = None) -> None:
+        """``tls``: a server's context, made by the caller. ``port``: None for the config's. Raises StoreError where a
+        package is missing, InvalidInput where it would be open to others without consent, or the config asks for more
+        than it is given."""
         try:
             import httptools  # noqa: F401
             import starlette  # noqa: F401
@@ -50,7 +53,14 @@ class Server:
         self.context = context
         self.app: App = App(context)
         config = context.config
+        config.check_exposure()
+        if (config.tls and tls is None) or (config.auth_tokens and isinstance(context.authority, OpenAuthority)):
+            # Whoever wrote these settings relies on them.
+            raise InvalidInput(
+                "the config asks for TLS or tokens: have millpond.server.process.Service start the server"
+            )
         self._tls = tls
+        self._port = config.port if port is None else port
         self._settings = uvicorn.Config(
             self.app,
             http="httptools",
@@ -95,11 +105,11 @@ class Server:
         self._tick()
         try:
             self._server = await loop.create_server(
-                connect, host=config.host, port=config.port, backlog=config.backlog, **more
+                connect, host=config.host, port=self._port, backlog=config.backlog, **more
             )
         except OSError as error:
             self._stop_ticking()
-            raise OSError(f"cannot listen on {config.host} port {config.port}: {error.strerror or error}") from error
+            raise OSError(f"cannot listen on {config.host} port {self._port}: {error.strerror or error}") from error
         name = self._server.sockets[0].getsockname()
         host = f"[{name[0]}]" if ":" in name[0] else name[0]
         self.url = f"{'https' if self._tls else 'http'}://{host}:{name[1]}"
@@ -224,8 +234,10 @@ async def running(
 ) -> AsyncIterator[str]:
     """``async with running(pond) as url``: a server on a free port of 127.0.0.1 (unless ``config`` says otherwise) for
     as long as the block runs. For tests, and for programs that serve beside other work."""
-    config = config or ServerConfig(port=0, drain_grace=0.0, shutdown_timeout=1.0)
-    server = Server(context or Context(pond, config), tls=tls)
+    port = None if config is not None else 0
+    if context is None:
+        context = Context(pond, config or ServerConfig(drain_grace=0.0, shutdown_timeout=1.0))
+    server = Server(context, tls=tls, port=port)
     await server.start()
     try:
         yield server.url

@@ -19,8 +19,6 @@ MAX_CORRELATION = 128
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,128}")
 _PRINTABLE_BYTES = re.compile(rb"[\x20-\x7e]{1,128}")
 _XID = re.compile(r"[0-9a-v]{20}")
-_XID_SHIFTS = range(90, -10, -10)
-_XID_DIGITS = "0123456789abcdefghijklmnopqrstuv"
 
 
 def correlation_id(value: str | bytes | None) -> str | None:
@@ -39,15 +37,3 @@ def correlation_id(value: str | bytes | None) -> str | None:
 def is_xid(value: str) -> bool:
     """Whether it has the form of a transaction id (xid: 20 characters of base32hex in lower case)."""
     return _XID.fullmatch(value) is not None
-
-
-_XID_PAIRS = [high + low for high in _XID_DIGITS for low in _XID_DIGITS]
-
-
-def xid(data: bytes) -> str:
-    """Twelve bytes as an xid. Raises ValueError for another number of bytes."""
-    if len(data) != 12:
-        raise ValueError("an xid has 12 bytes")
-    # 96 bits are 19.2 digits; the last carries four bits of padding. Two digits at once: this is paid per delivery.
-    number, pairs = int.from_bytes(data) << 4, _XID_PAIRS
-    return "".join([pairs[number >> shift & 1023] for shift in _XID_SHIFTS])

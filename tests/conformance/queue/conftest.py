@@ -37,8 +37,11 @@ STORES = (
     "objects-encrypted",
     "http-memory",
     "http-sqlite",
+    "https-memory",
+    "mtls-memory",
 )
-"""``http-…`` are ponds behind a server of their own, on loopback; what cannot apply to them is in `served.LEFT_OUT`.
+"""``http-…`` are ponds behind a server of their own on loopback, ``https-…`` with TLS, ``mtls-…`` with certificates of
+clients besides; what cannot apply to them is in `served.LEFT_OUT`.
 ``memory-candidates`` cannot take: its consumers compete for candidates, as those of a bucket do. ``memory-paid``
 charges for requests besides, and is reached by others over the network, so that its ponds ask for less. Tests that are
 marked ``servers`` are run on servers that play clouds, too; all are with ``MILLPOND_SERVERS_ALL=1``."""
@@ -77,8 +80,11 @@ class World:
     """One store, as many ponds on it as the test wants, and the time."""
 
     def __init__(self, store: str, directory: Path, make_corner: MakeCorner | None = None) -> None:
-        self.http = store.startswith("http-")
-        self.store = store = store.removeprefix("http-")
+        scheme, _, inner = store.partition("-")
+        self.scheme = scheme if scheme in served.SCHEMES else ""
+        """How ponds are reached, if by way of a server."""
+        self.http = bool(self.scheme)
+        self.store = store = inner if self.scheme else store
         self.encrypted = store.endswith("-encrypted")
         self.clock = ManualClock()
         self.path = directory / "pond.db"
@@ -122,7 +128,7 @@ class World:
         chance = random.Random(self._made)
         pond = Pond(around(store), clock=self.clock, config=config, random_bytes=chance.randbytes)
         if self.http:
-            pond = served.ServedPond(pond, random_bytes=random.Random(-self._made).randbytes)
+            pond = served.ServedPond(pond, self.scheme, random_bytes=random.Random(-self._made).randbytes)
             self.served.append(pond)
         return pond
 
@@ -189,7 +195,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """On which stores a test is run."""
     if "world" in metafunc.fixturenames:
         with_servers = ALL or any(metafunc.definition.iter_markers("servers"))
-        known = [name for name in STORES if not name.startswith("http-") or served.applies(name, metafunc.definition)]
+        known = [
+            name
+            for name in STORES
+            if name.partition("-")[0] not in served.SCHEMES or served.applies(name, metafunc.definition)
+        ]
         metafunc.parametrize("world", [*known, *(CORNERS if with_servers else ())], indirect=True)
 
 

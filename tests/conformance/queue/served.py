@@ -6,13 +6,22 @@ no queue offers.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import msgspec
+from tests.unit.server.certificates import Authority, write
 
 from millpond import Pond
 from millpond.client.pond import RemotePond
 from millpond.model.clock import SystemClock
+from millpond.server import tls
 from millpond.server.config import ServerConfig
 from millpond.server.context import Context
 from millpond.server.run import Server
@@ -25,15 +34,30 @@ LEFT_OUT: dict[str, str] = {
 }
 """Test or module -> why it cannot apply to a pond behind a server. Everything else must hold there, too."""
 
+SCHEMES = ("http", "https", "mtls")
+"""In clear; with TLS; with TLS and certificates of clients."""
+
 ALL = bool(os.environ.get("MILLPOND_HTTP_ALL"))
-"""Run everything over SQLite as well; otherwise, to save time, the tests that are run on servers of clouds, too."""
+"""Run everything over SQLite and with TLS as well; otherwise, to save time, what is run on servers of clouds, too."""
 
 
 def applies(world: str, definition: Any) -> bool:
     """Whether a test is run in this world."""
+    if world.partition("-")[0] not in SCHEMES:
+        return True
     if definition.originalname in LEFT_OUT or definition.path.stem in LEFT_OUT:
         return False
     return world == "http-memory" or ALL or any(definition.iter_markers("servers"))
+
+
+@functools.cache
+def certificates() -> dict[str, str]:
+    """A CA's certificate, and those of a server and a client with their keys, in files; made once."""
+    authority = Authority()
+    (server, server_key), (client, client_key) = authority.server(), authority.client()
+    folder = Path(tempfile.mkdtemp(prefix="millpond-certificates-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write(folder, ca=authority.pem, server=server, server_key=server_key, client=client, client_key=client_key)
 
 
 class Service:
@@ -50,13 +74,26 @@ class Service:
 class ServedPond(RemotePond):
     """A client and its server."""
 
-    def __init__(self, local: Pond, *, random_bytes: Callable[[int], bytes]) -> None:
-        super().__init__("http://127.0.0.1:1", clock=local.clock, random_bytes=random_bytes)
+    def __init__(self, local: Pond, scheme: str, *, random_bytes: Callable[[int], bytes]) -> None:
+        files, config, context = {}, ServerConfig(port=0, drain_grace=0.0, shutdown_timeout=1.0), None
+        if scheme != "http":
+            paths = certificates()
+            files = {"ca": paths["ca"]}
+            made = {"tls_cert": paths["server"], "tls_key": paths["server_key"]}
+            if scheme == "mtls":
+                files |= {"cert": paths["client"], "key": paths["client_key"]}
+                made["tls_client_ca"] = paths["ca"]
+            config = msgspec.structs.replace(config, **made)
+            context = tls.context(config)
+        url = "http://127.0.0.1:1" if scheme == "http" else "https://127.0.0.1:1"
+        super().__init__(url, clock=local.clock, random_bytes=random_bytes, **files)
         self.local = local
         # Bytes take real time, whatever the test's clock does meanwhile.
         self.transport.io_clock = SystemClock()
         self._operations = Service(self._remote, local.service)
-        self.server = Server(Context(local, ServerConfig(port=0, drain_grace=0.0, shutdown_timeout=1.0)))
+        self.server = Server(Context(local, config), tls=context)
+        # Nor does a client become slow by a test's years.
+        self.server.watch._clock = SystemClock()
         for name in ("collect", "verify", "unreadable", "discard_unreadable", "rekey", "statistics"):
             setattr(self, name, getattr(local, name))
 

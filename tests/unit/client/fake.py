@@ -32,9 +32,10 @@ class Say(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """No answer: the connection ends, after so many bytes of one."""
+    """No answer: the connection ends, after so many bytes of one. Or does not."""
 
     after: bytes = b""
+    close: bool = True
 
 
 Script = Callable[[Asked], Awaitable[Say | Drop]]
@@ -101,7 +102,9 @@ class Fake:
                     said = await self.script(asked)
                 if isinstance(said, Drop):
                     writer.write(said.after)
-                    return
+                    if said.close:
+                        return
+                    continue
                 lines = [f"HTTP/1.1 {said.status} .", f"Content-Length: {len(said.body)}"]
                 lines += [f"{name.replace('_', '-')}: {value}" for name, value in said.headers.items()]
                 writer.write("\r\n".join([*lines, "", ""]).encode() + said.body)

@@ -11,11 +11,19 @@ from typing import Any, NamedTuple
 import msgspec
 from tests.unit.server.raw import Answer, Connection, request
 
+from millpond.pond import Pond
+from millpond.server.config import ServerConfig
+from millpond.server.context import Context
 from millpond.testing import TestPond
 from millpond.wire import native
 
 JSON = {"Content-Type": "application/json"}
 MSGPACK = {"Content-Type": "application/msgpack"}
+
+
+def server(pond: Pond, **more: Any) -> Context:
+    """The context of a server on a free port."""
+    return Context(pond, ServerConfig(port=0, shutdown_timeout=1.0, drain_grace=0.0), **more)
 
 
 class Reply(NamedTuple):

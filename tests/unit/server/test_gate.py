@@ -116,10 +116,16 @@ async def test_the_number_that_waits_is_bounded(monkeypatch: pytest.MonkeyPatch)
     await asyncio.gather(*waiting)
 
 
-async def test_a_late_event_loop_closes_it() -> None:
+async def test_an_event_loop_that_is_late_again_closes_it() -> None:
     world = World()
+    for late in (LATE * 2, 0.0, LATE * 2):
+        await world.gate.admit("producer")
+        await world.tick(late=late)
+        assert not world.gate.closed  # a hiccup
     await world.gate.admit("producer")
     await world.tick(late=LATE * 2)
+    assert world.gate.closed
+    await world.tick(late=LATE)
     assert world.gate.closed
     await world.tick()
     assert not world.gate.closed

@@ -6,16 +6,17 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import msgspec
 import pytest
 from hypothesis import strategies as st
-from tests.unit.server.native import JSON, MSGPACK, Reply, ask, decoded, done, handle, text, until
+from tests.unit.server.native import JSON, MSGPACK, Reply, ask, decoded, done, handle, server, text, until
 from tests.unit.server.raw import Connection, request
 
-from millpond import testing
+from millpond import connect, testing
 from millpond.errors import Forbidden, StoreBusy, StoreError, StoreFull
 from millpond.server.auth import ANONYMOUS, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
@@ -341,7 +342,7 @@ async def test_other_peoples_namespaces_are_forbidden(route: Any) -> None:
     path = route.path.removeprefix("/v1/")
     async with testing.pond() as pond:
         scopes: tuple[Scope, ...] = ("read", "write", "consume", "admin")
-        context = Context(pond, authority=OneTenant(*scopes))
+        context = server(pond, authority=OneTenant(*scopes))
         async with running(pond, context=context) as url:
             await pond.queue("q").enqueue(b"theirs")
             for namespace in (None, "default", "DEFAULT", "other"):
@@ -349,7 +350,7 @@ async def test_other_peoples_namespaces_are_forbidden(route: Any) -> None:
                 assert (reply.status, reply.code) == (403, "forbidden"), namespace
             assert (await pond.queue("q").counts()).ready == 1
         # And without its scope it is forbidden in one's own, too.
-        context = Context(pond, authority=OneTenant(*(scope for scope in scopes if scope != route.scope)))
+        context = server(pond, authority=OneTenant(*(scope for scope in scopes if scope != route.scope)))
         if route.kind != "payload":
             async with running(pond, context=context) as url:
                 reply = await ask(url, path, _body(path, "mine"))
@@ -360,7 +361,7 @@ async def test_what_a_route_needs_besides_its_scope() -> None:
     async with testing.pond() as pond:
         await pond.queue("q", namespace="mine").enqueue(b"1")
         await pond.queue("q").enqueue(b"theirs")
-        context = Context(pond, authority=OneTenant("read", "consume"))
+        context = server(pond, authority=OneTenant("read", "consume"))
         async with running(pond, context=context) as url:
             assert (await ask(url, "queue/policy", {"namespace": "mine", "queue": "q"})).status == 200
             for change in ({"set": {"paused": True}}, {"reset": True}):
@@ -375,7 +376,7 @@ async def test_what_a_route_needs_besides_its_scope() -> None:
             assert await done(url, "queue/list", {}) == {"queues": [{"namespace": "mine", "queue": "q"}]}
             assert await done(url, "queue/list", {"namespace": "default"}) == {"queues": []}
             assert (await ask(url, "requests", {})).status == 403
-        context = Context(pond, authority=OneTenant("read", "consume", "write"))
+        context = server(pond, authority=OneTenant("read", "consume", "write"))
         async with running(pond, context=context) as url:
             theirs = [{"queue": "q", "namespace": "default", "message": {"payload": ""}}]
             reply = await ask(url, "queue/handOff", body | {"then": theirs})
@@ -388,7 +389,7 @@ async def test_what_a_route_needs_besides_its_scope() -> None:
 async def test_a_payload_is_its_consumers_and_its_onlookers(scope: Scope) -> None:
     async with testing.pond() as pond:
         receipt = await pond.queue("q", namespace="mine").enqueue(b"1")
-        async with running(pond, context=Context(pond, authority=OneTenant(scope))) as url:
+        async with running(pond, context=server(pond, authority=OneTenant(scope))) as url:
             body = {"namespace": "mine", "queue": "q", "message_id": receipt.message_id}
             assert (await ask(url, "queue/payload", body)).body == b"1"
 
@@ -429,6 +430,23 @@ async def test_trouble_of_the_store_is_503_and_passes(
                 assert int(reply.headers["retry-after"]) >= 1
         monkeypatch.undo()
         assert (await done(url, "queue/counts", {"queue": "q"}))["leased"] == 1
+
+
+async def test_a_full_disk_is_503_for_producers_alone_and_passes(tmp_path: Path) -> None:
+    async with connect(f"sqlite:///{tmp_path}/a.db") as pond, running(pond) as url:
+        await pond.queue("q").enqueue_many([bytes(1000)] * 50)
+        execute = pond.store._writer._applier.execute  # type: ignore[attr-defined]
+        execute(f"PRAGMA max_page_count={execute('PRAGMA page_count').get + 5}")
+        large = {"queue": "q", "messages": [{"payload": text(bytes(50_000))}] * 20}
+        reply = await ask(url, "queue/enqueueBatch", large)
+        assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "store_full", "1")
+        assert str(tmp_path) not in json.dumps(reply.body)
+        messages = (await done(url, "queue/receive", {"queue": "q", "count": 50}))["messages"]
+        acked = await done(url, "queue/ackBatch", {"queue": "q", "messages": [handle(one) for one in messages]})
+        assert [one.get("error") for one in acked["results"]] == [None] * 50
+        execute("PRAGMA max_page_count=1000000")
+        assert len((await done(url, "queue/enqueueBatch", large))["receipts"]) == 20
+        assert (await pond.queue("q").counts()).ready == 20
 
 
 async def test_an_error_that_nobody_foresaw_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

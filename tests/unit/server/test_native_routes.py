@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from tests.unit.server.native import JSON, ask, decoded, done, handle, leased, text, until
+from tests.unit.server.native import JSON, ask, decoded, done, handle, leased, server, text, until
 from tests.unit.server.raw import Connection, request
 
-from millpond import testing
+from millpond import Keyring, connect, testing
 from millpond.model.message import Head
 from millpond.server.config import ServerConfig
 from millpond.server.context import Context
 from millpond.server.run import running
 from millpond.service.config import Config
+from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.memory import MemoryStore
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.testing import ManualClock
 from millpond.wire import native
 
@@ -153,7 +157,7 @@ async def test_a_client_that_goes_away_while_it_waits_leaves_nobody_waiting() ->
 async def test_what_was_taken_for_a_client_that_goes_away_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """It vanishes after its message was leased, before it is sent."""
     async with testing.pond() as pond:
-        context = Context(pond)
+        context = server(pond)
         claim = pond.service.claim
         claimed: list[int] = []
         connections: list[Connection] = []
@@ -224,7 +228,7 @@ async def test_answers_are_judged_one_by_one(packed: bool) -> None:
 @pytest.mark.parametrize("remembered", [True, False], ids=["remembered", "forgotten"])
 async def test_answers_need_nothing_that_this_process_remembers(remembered: bool) -> None:
     async with testing.pond() as pond:
-        context = Context(pond)
+        context = server(pond)
         async with running(pond, context=context) as url:
             await pond.queue("q").enqueue_many([b"1", b"2", b"3", b"4"])
             held = [handle(one) for one in (await done(url, "queue/receive", {"queue": "q", "count": 4}))["messages"]]
@@ -319,14 +323,29 @@ async def test_a_damaged_payload_never_arrives_whole() -> None:
         assert len(raised.value.partial) < 5_000_000
 
 
-async def test_a_payload_that_cannot_be_read_comes_with_the_reason() -> None:
+async def test_a_message_whose_payload_cannot_be_read_comes_with_the_reason() -> None:
+    """Its consumer decides what becomes of it, as a consumer in this process does."""
     clock = ManualClock()
-    store = MemoryStore(clock=clock)
+    inner = MemoryStore(clock=clock)
+    store = EncryptedStore(inner, Keyring.load(Keyring.generate_key()))
     async with testing.pond(clock=clock, store=store) as pond, running(pond) as url:
-        receipt = await pond.queue("q").enqueue(b"")
+        await pond.queue("q").enqueue(b"secret")
+        for record in [one for queue in inner._data.queues.values() for one in queue.by_key.values()]:
+            record.payload = record.payload[:-1] + bytes([record.payload[-1] ^ 1])
+        [message] = (await done(url, "queue/receive", {"queue": "q"}))["messages"]
+        assert "payload" not in message
+        assert message["trouble"]["error"] == "tampered"
+        assert (await pond.queue("q").counts()).leased == 1
+        reply = await ask(url, "queue/payload", {"queue": "q", "message_id": message["message_id"]})
+        assert (reply.status, reply.code) == (500, "tampered")
+        await done(url, "queue/nackBatch", {"queue": "q", "messages": [handle(message)]})
+
+
+async def test_a_payload_of_a_message_that_is_gone_is_404() -> None:
+    async with testing.pond() as pond, running(pond) as url:
+        await pond.queue("q").enqueue(b"")
         reply = await ask(url, "queue/payload", {"queue": "q", "message_id": OTHER})
         assert (reply.status, reply.code) == (404, "message_not_found")
-        assert receipt.message_id != OTHER
 
 
 # State
@@ -417,6 +436,27 @@ async def test_dead_letters_are_listed_page_by_page_redriven_and_purged() -> Non
         reply = await ask(url, "dlq/get", {"queue": "q", "message_id": ids[0]})
         assert (reply.status, reply.code) == (404, "message_not_found")
         assert await done(url, "dlq/purge", {"queue": "q"}) == {"count": 2}
+
+
+async def test_a_cursor_larger_than_the_store_knows_is_none_of_its(tmp_path: Path) -> None:
+    async with connect(f"sqlite:///{tmp_path}/a.db") as pond, running(pond) as url:
+        await pond.queue("q").enqueue(b"1")
+        reply = await ask(url, "dlq/list", {"queue": "q", "cursor": "9" * 39})
+        assert (reply.status, reply.code) == (400, "invalid_input")
+        assert await done(url, "dlq/list", {"queue": "q", "cursor": str(2**63 - 1)}) == {"messages": []}
+
+
+async def test_a_batch_tells_a_store_which_ids_its_producer_chose() -> None:
+    """A bucket looks for a message with the same id only where one may be."""
+    clock = ManualClock()
+    store = ObjectStore(MemoryBucket(clock=clock), clock=clock)
+    async with testing.pond(clock=clock, store=store) as pond, running(pond) as url:
+        earlier = "01970000-0000-7000-8000-000000000001"
+        batch = {"queue": "q", "messages": [{"payload": "", "message_id": earlier}, {"payload": ""}]}
+        await pond.queue("q").enqueue(b"", message_id=earlier, priority=9)
+        receipts = (await done(url, "queue/enqueueBatch", batch))["receipts"]
+        assert [one["duplicate"] for one in receipts] == [True, False]
+        assert (await pond.queue("q").counts()).ready == 2
 
 
 async def test_news_from_outside_wakes_those_who_wait() -> None:

@@ -14,17 +14,20 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.unit.server.certificates import Authority, write
 from tests.unit.server.raw import Answer, Connection, request
 
 from millpond import testing
 from millpond.errors import InvalidInput, StoreError
-from millpond.server import process, tokens
+from millpond.server import native_routes, process, tokens
 from millpond.server.config import ServerConfig
+from millpond.server.context import Context
 from millpond.server.families import FAMILIES
 from millpond.server.process import Service
 from millpond.server.reload import EVERY
+from millpond.server.run import Server
 from millpond.stores.memory import MemoryStore
 from millpond.stores.sqlite import SqliteStore
 
@@ -271,6 +274,13 @@ async def test_an_exposed_server_does_not_start(tmp_path: Path) -> None:
     async with testing.pond() as pond:
         with pytest.raises(InvalidInput, match="without TLS"):
             Service(pond, ServerConfig(host="0.0.0.0"))
+        # Nor by way of those parts that a program may put together for itself.
+        with pytest.raises(InvalidInput, match="without TLS"):
+            Server(Context(pond, ServerConfig(host="0.0.0.0")))
+        unmet: tuple[dict[str, Any], ...] = ({"auth_tokens": "t"}, {"tls_cert": "c"}, {"tls_bundle": "b"})
+        for settings in unmet:
+            with pytest.raises(InvalidInput, match=r"millpond\.server\.process\.Service"):
+                Server(Context(pond, ServerConfig(**settings)))
         with pytest.raises(InvalidInput, match=r"tokens file .* cannot be read"):
             Service(pond, ServerConfig(auth_tokens=str(tmp_path / "none")))
 
@@ -616,3 +626,108 @@ async def test_a_store_that_is_down_is_503_everywhere_and_it_recovers(caplog: py
             assert not any(b"secret" in one.body for one in answers)
         assert any(record.message == "millpond.server.store_trouble" for record in caplog.records)
         assert (await scrape(url))['millpond_log_events_total{event="millpond.server.store_trouble"}'] >= 10
+
+
+async def test_the_figures_of_a_file_are_told(tmp_path: Path) -> None:
+    clock = testing.ManualClock()
+    store = SqliteStore(tmp_path / "work.db", clock=clock)
+    async with testing.pond(store=store, clock=clock) as pond, serving(pond) as service:
+        assert (await enqueue(service.server.url, "orders")).status == 200
+        told = await scrape(service.server.url)
+    assert told["millpond_store_commits_total"] >= 1
+    assert told["millpond_store_operations_total"] >= told["millpond_store_commits_total"]
+    assert told["millpond_store_largest_commit_operations"] >= 1
+    assert told["millpond_store_waiting_operations"] == 0
+    assert told["millpond_store_wal_bytes"] > 0
+    assert told["millpond_store_commit_seconds_total"] >= 0
+    assert {f"millpond_store_{name}" for name in ("busy_errors_total", "lock_wait_seconds_total")} <= set(told)
+
+
+# Every route
+
+
+HANDLE: dict[str, Any] = {
+    "message_id": "01977420-dc00-7562-9813-410373f1aaca",
+    "lease_id": "ab" * 16,
+    "fencing_token": 1,
+}
+FIELDS: dict[str, Any] = {
+    **HANDLE,
+    "queue": "orders",
+    "count": 1,
+    "wait_ms": 0,
+    "credit": 1,
+    "stream_id": "none",
+    "message": HANDLE,
+    "reason": "x",
+    "value": 1,
+    "extend_by_ms": 1000,
+    "delay_ms": 0,
+    "intent": "defer",
+    "then": [{"queue": "orders", "message": {"payload": "eA=="}}],
+    "limit": 1,
+}
+ELSEWHERE = {"/healthz", "/readyz", "/v1/openapi.json", "/metrics"}
+"""What is asked for otherwise, and tested above."""
+STATES = {"/v1/get", "/v1/update", "/v1/remove", "/v1/metadata"}
+"""lockd's workflow state, by key."""
+WITHOUT_QUEUE = {"/v1/queue/list", "/v1/queue/credit", "/v1/requests"}
+"""Routes that name no queue: what they show is judged piece by piece, or wants everything."""
+
+
+def bodies() -> dict[str, tuple[bytes, str]]:
+    """A body for each route that it takes, and its content type."""
+    found: dict[str, tuple[bytes, str]] = {}
+    for route in native_routes.ROUTES:
+        body = {
+            field.name: FIELDS.get(field.name)
+            for field in msgspec.structs.fields(route.request)
+            if field.required or field.name == "queue"
+        }
+        if "messages" in body:
+            body["messages"] = [{"payload": "eA=="} if route.path.endswith("enqueueBatch") else HANDLE]
+        if route.path == "/v1/queue/policy":
+            body["reset"] = True
+        found[route.path] = (json.dumps(body).encode(), "application/json")
+    answer = {"queue": "orders", **HANDLE, "meta_etag": "x"}
+    dequeue = {"queue": "orders", "owner": "me", "wait_seconds": -1}
+    lockd: dict[str, dict[str, Any]] = {
+        **{f"/v1/queue/{name}": answer for name in ("ack", "nack")},
+        "/v1/queue/extend": {**answer, "extend_by_seconds": 1},
+        **{f"/v1/queue/{name}": dequeue for name in ("dequeue", "dequeueWithState", "subscribe", "subscribeWithState")},
+        **{f"/v1/queue/{name}": {"queue": "orders"} for name in ("stats", "watch")},
+    }
+    found |= {path: (json.dumps(body).encode(), "application/json") for path, body in lockd.items()}
+    form, headers = enqueue_body("orders")
+    found["/v1/queue/enqueue"] = (form, headers["Content-Type"])
+    return found
+
+
+async def test_no_route_does_anything_for_a_stranger_or_for_the_owner_of_another_queue(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    other = make_tokens(path, other="*:default/other *:shop/*")["other"]
+    known = bodies()
+    async with serving(auth_tokens=str(path)) as service:
+        url, pond = service.server.url, pond_of(service)
+        await pond.queue("orders").enqueue(b"x")
+        left = service.server.app.paths - set(known) - ELSEWHERE - STATES
+        assert len(known) > 35
+        for route in known.keys() | left | STATES:
+            body, kind = known.get(route, (b"{}", "application/json"))
+            assert code(await request(url, "POST", route, body, {"Content-Type": kind})) == (401, "unauthorized"), route
+        for route in left:  # of lockd's locks, queries and transactions there is nothing to be had
+            assert code(await request(url, "POST", route, b"{}", other))[0] == 501, route
+        for route in known.keys() | STATES:
+            body, kind = known.get(route, (b"{}", "application/json"))
+            shown = {**other, "Content-Type": kind, "X-Lease-ID": HANDLE["lease_id"], "X-Fencing-Token": "1"}
+            query = f"?key=q/orders/state/{HANDLE['message_id']}" if route in STATES else ""
+            answer = await request(url, "POST", route + query, body, shown)
+            if route in WITHOUT_QUEUE:
+                assert answer.status == 200 or code(answer)[0] in {403, 404}, route
+                assert b"orders" not in answer.body
+            else:
+                assert code(answer) == (403, "forbidden"), (route, answer)
+        counts = await pond.queue("orders").counts()
+        assert (counts.ready, counts.leased, counts.dead) == (1, 0, 0)
+        assert not (await pond.queue("orders").policy()).paused
+        assert len(await pond.queues()) == 1

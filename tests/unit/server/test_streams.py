@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from tests.unit.server.native import JSON, Stream, ask, done, handle, leased, until
+from tests.unit.server.native import JSON, Stream, ask, done, handle, leased, server, until
 from tests.unit.server.raw import Connection
 
 from millpond import testing
@@ -95,6 +95,26 @@ async def test_the_end_of_a_lease_gives_its_credit_back_but_not_while_it_is_exte
             assert (await pond.queue("q").counts()).leased == 2
 
 
+async def test_an_extension_counts_for_a_delivery_that_this_process_has_forgotten() -> None:
+    async with testing.pond() as pond:
+        context = server(pond)
+        async with running(pond, context=context) as url:
+            await pond.queue("q").enqueue_many([b"1", b"2"], visibility=10)
+            async with Stream(url, credit=1, heartbeat_ms=600_000) as stream:
+                held = await stream.messages()
+                context.held._held.clear()
+                await answer(url, held, "queue/extendBatch", extend_by_ms=60_000)
+                assert context.streams.find(stream.hello["stream_id"]).next_end() == pond.clock.now_ms() + 60_000  # type: ignore[union-attr]
+                await pond.advance(11)
+                assert (await pond.queue("q").counts()).leased == 1
+                # One that is shortened gives its credit back the sooner.
+                await answer(url, held, "queue/extendBatch", extend_by_ms=5_000)
+                await pond.queue("q").purge()
+                await pond.advance(5)
+                [again] = await stream.messages()
+                assert again["message_id"] == held[0]["message_id"]
+
+
 async def test_more_credit_can_be_given() -> None:
     async with testing.pond() as pond, running(pond) as url:
         await pond.queue("q").enqueue_many([b"%d" % i for i in range(5)])
@@ -123,7 +143,7 @@ async def test_an_idle_stream_says_that_it_is_alive(credit: int) -> None:
 
 async def test_what_a_vanished_client_had_is_given_back_at_once() -> None:
     async with testing.pond() as pond:
-        context = Context(pond)
+        context = server(pond)
         async with running(pond, context=context) as url:
             await pond.queue("q").enqueue_many([b"1", b"2", b"3"])
             async with Stream(url) as stream:
@@ -203,7 +223,7 @@ async def test_the_number_of_streams_is_bounded() -> None:
 
 async def test_all_streams_together_hold_no_more_than_the_cap() -> None:
     async with testing.pond() as pond:
-        context = Context(pond)
+        context = server(pond)
         context.streams._capacity = 3
         async with running(pond, context=context) as url:
             await pond.queue("q").enqueue_many([b"%d" % i for i in range(6)])
@@ -219,7 +239,7 @@ async def test_all_streams_together_hold_no_more_than_the_cap() -> None:
 async def test_a_client_that_reads_slowly_costs_one_frame() -> None:
     """Nothing is taken for it while a frame is on its way."""
     async with testing.pond() as pond:
-        context = Context(pond)
+        context = server(pond)
         async with running(pond, context=context) as url:
             count, size = 600, 60_000
             await pond.queue("q").enqueue_many([bytes(size)] * count)
@@ -252,7 +272,7 @@ async def test_payloads_that_are_larger_than_thought_come_in_several_frames(monk
 
 async def test_what_cannot_be_right_is_told_before_the_stream_begins() -> None:
     async with testing.pond() as pond:
-        context = Context(pond)
+        context = server(pond)
         async with running(pond, context=context) as url:
             for wrong in ({"credit": 0}, {"credit": 1001}, {"credit": 1, "owner": ""}, {"credit": 1, "queue": "a/b"}):
                 reply = await ask(url, "queue/stream", {"queue": "q"} | wrong)
@@ -263,7 +283,7 @@ async def test_what_cannot_be_right_is_told_before_the_stream_begins() -> None:
 async def test_extended_elsewhere_is_noticed_before_credit_is_given_back() -> None:
     """By a route that knows the delivery, not the stream."""
     async with testing.pond() as pond:
-        context = Context(pond)
+        context = server(pond)
         await pond.queue("q").enqueue(b"1")
         [delivery] = await pond.service.claim("default", "q", 1, visibility=5)
         stream = context.streams.open("default", "q", 1)
