@@ -68,14 +68,27 @@ def _results(
 
 async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> native.Receipts:
     """Enqueue up to 1,000 messages in one commit."""
-    await call.context.gate.admit("producer")
-    await call.context.quota.admit(*names.queue_key(request.namespace, request.queue))
-    receipts = await call.context.pond.service.enqueue_each(
+    context = call.context
+    await context.gate.admit("producer")
+    await context.quota.admit(*names.queue_key(request.namespace, request.queue))
+    messages = request.messages
+    # Of a repetition, what this process has handed out since its first try is in the queue no more, but was.
+    recent = context.held.recent if request.repeated else ()
+    known = {new.message_id for new in messages if new.message_id in recent}
+    receipts = await context.pond.service.enqueue_each(
         request.namespace,
         request.queue,
-        [(new.payload, views.options(new), new.message_id) for new in request.messages],
+        [(new.payload, views.options(new), new.message_id) for new in messages if new.message_id not in known],
     )
-    return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
+    if not known:
+        return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
+    made = iter(receipts)
+    return native.Receipts(
+        [
+            native.Receipt(new.message_id or "", True) if new.message_id in known else native.Receipt(*next(made))
+            for new in messages
+        ]
+    )
 
 
 # Consumers
