@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from millpond.client import records
-from millpond.client.asking import Asking, decoder, read
+from millpond.client.asking import Asking, decoder, encode, read
 from millpond.client.asking import key as queue_key
 from millpond.client.transport import Attempt
 from millpond.errors import InvalidInput, TooLarge
@@ -98,8 +98,13 @@ class Producing(Asking):
 
     async def _send(self, key: tuple[str, str], batch: list[native.NewMessage], wishes: Wishes | None) -> list[Receipt]:
         attempt = Attempt()
-        request = native.EnqueueBatchRequest(namespace=key[0], queue=key[1], messages=batch)
-        found = await self._ask("/v1/queue/enqueueBatch", request, receipts, attempt=attempt)
+        own = wishes is None or wishes.message_id is None
+
+        def body() -> bytes:
+            repeated = own and attempt.unsure
+            return encode(native.EnqueueBatchRequest(namespace=key[0], queue=key[1], messages=batch, repeated=repeated))
+
+        found = read(receipts, await self.transport.call("/v1/queue/enqueueBatch", body, attempt=attempt))
         return [
             self._receipt(receipt.message_id, receipt.duplicate, new.message_id, attempt, wishes)
             for receipt, new in zip(found.receipts, batch, strict=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from millpond.server.recent import Recent
 from millpond.service.consuming import Delivery
 
 CAPACITY = 16_384
@@ -32,6 +33,7 @@ class Held:
         self._held: OrderedDict[str, Delivery] = OrderedDict()
         self._sizes: dict[str, int] = {}
         """Of those that have anything of their own."""
+        self.recent = Recent()
         self.answered: Callable[[str], object] = lambda lease_id: None
         """Told the lease of each delivery that is over."""
 
@@ -42,6 +44,7 @@ class Held:
         """Remember a delivery whose payload is on its way: the payload is let go."""
         delivery.payload = None
         held, id = self._held, delivery.id
+        self.recent.add(id)
         before = held.get(id)
         if before is not None:
             self._forget(id, before if before is not delivery else None)

@@ -69,16 +69,30 @@ def _results(
 
 async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> native.Receipts:
     """Enqueue up to 1,000 messages in one commit."""
-    await call.context.gate.admit("producer")
-    await call.context.quota.admit(*names.queue_key(request.namespace, request.queue))
-    service = call.context.pond.service
-    messages = [(new.payload, views.options(new), new.message_id) for new in request.messages]
+    context = call.context
+    await context.gate.admit("producer")
+    await context.quota.admit(*names.queue_key(request.namespace, request.queue))
+    service = context.pond.service
+    # Of a repetition, what this process has handed out since its first try is in the queue no more, but was.
+    recent = context.held.recent if request.repeated else ()
+    known = {new.message_id for new in request.messages if new.message_id in recent}
+    messages = [
+        (new.payload, views.options(new), new.message_id) for new in request.messages if new.message_id not in known
+    ]
     if all(options is DEFAULT_OPTIONS and id is None for _, options, id in messages):
         # Nothing but payloads: the way with the least work for each.
         receipts = await service.enqueue_many(request.namespace, request.queue, [one[0] for one in messages])
     else:
         receipts = await service.enqueue_each(request.namespace, request.queue, messages)
-    return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
+    if not known:
+        return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
+    made = iter(receipts)
+    return native.Receipts(
+        [
+            native.Receipt(new.message_id or "", True) if new.message_id in known else native.Receipt(*next(made))
+            for new in request.messages
+        ]
+    )
 
 
 # Consumers

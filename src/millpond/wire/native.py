@@ -75,6 +75,9 @@ class EnqueueBatchRequest(Request, kw_only=True, frozen=True):
     """Each message stands on its own, but when one of them cannot be right none is stored."""
 
     messages: Annotated[list[NewMessage], Meta(min_length=1, max_length=MAX_BATCH)]
+    repeated: bool = False
+    """It was sent before, no answer came, and its message ids were made for it and nothing else: a message with one of
+    them is this one, also if it has been handed out and acked since."""
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):

@@ -75,11 +75,12 @@ class Proxy:
 class Lab:
     """A store, a server, the proxy, and a client behind it; the clock stands still."""
 
-    def __init__(self, local: Pond, remote: RemotePond, proxy: Proxy, clock: ManualClock) -> None:
+    def __init__(self, local: Pond, remote: RemotePond, proxy: Proxy, clock: ManualClock, url: str) -> None:
         self.local = local.queue("orders")
         self.remote = remote.queue("orders")
         self.pond = local
         self.proxy = proxy
+        self.url = url
         self.clock = clock
 
     async def held(self, **options: Any) -> Message:
@@ -98,7 +99,7 @@ async def lab() -> AsyncIterator[Lab]:
         remote.transport.io_clock = SystemClock()
         try:
             async with remote:
-                yield Lab(local, remote, proxy, clock)
+                yield Lab(local, remote, proxy, clock, url)
         finally:
             await proxy.stop()
 
@@ -114,6 +115,35 @@ async def test_an_enqueue_is_not_doubled() -> None:
         assert (await at.local.counts()).ready == 3
         found = {message.id: message.payload for message in await at.local.receive(9)}
         assert found == dict(zip((one.message_id for one in (receipt, *receipts)), (b"x", b"1", b"2"), strict=True))
+
+
+async def test_an_enqueue_is_not_doubled_when_its_message_is_gone_before_it_is_repeated() -> None:
+    async with lab() as at, RemotePond(at.url, clock=at.clock) as other:
+        other.transport.io_clock = SystemClock()
+        consumer = other.queue("orders")
+
+        async def work() -> None:
+            for message in await consumer.receive(9):
+                await message.ack()
+
+        at.proxy.between = work
+        at.proxy.drop("enqueueBatch")
+        receipts = await at.remote.enqueue_many([b"1", b"2"])
+        assert [one.duplicate for one in receipts] == [False, False]
+        assert (await at.local.counts())[:3] == (0, 0, 0)
+
+
+async def test_an_id_of_the_callers_own_may_be_used_again() -> None:
+    """A repetition of it cannot be told from a new message under an old id, so nothing is kept from the queue."""
+    id = "0197a3c2-0000-7000-8000-000000000001"
+    async with lab() as at, RemotePond(at.url, clock=at.clock) as other:
+        other.transport.io_clock = SystemClock()
+        await at.local.enqueue(b"1", message_id=id)
+        [message] = await other.queue("orders").receive()
+        await message.ack()
+        at.proxy.drop("counts")
+        await at.remote.counts()
+        assert await at.remote.enqueue(b"2", message_id=id) == (id, False)
 
 
 ANSWERS: dict[str, tuple[str, Callable[[Message, Queue], Awaitable[Any]]]] = {
