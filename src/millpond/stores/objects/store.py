@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from millpond.errors import StoreClosed, StoreError, StoreMismatch
+from millpond.errors import MillpondError, StoreClosed, StoreError, StoreMismatch
 from millpond.model.clock import Clock
 from millpond.stores.base import (
     Blob,
@@ -48,6 +48,7 @@ from millpond.stores.base import (
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import Bucket, Content, OutcomeUnknown
+from millpond.stores.objects.damaged import Damaged
 from millpond.stores.objects.engine import MARGIN, Engine, Options, log
 from millpond.stores.objects.feed import HostFeed
 from millpond.stores.objects.find import Finder
@@ -119,6 +120,7 @@ class ObjectStore:
         self._listing = Listing(engine, self._moves)
         self._ready = Ready(engine, self._listing, self._groups)
         self._reader = Reader(engine, self._listing, self._groups)
+        self._damaged = Damaged(engine, self._groups)
         self._upkeep = Upkeep(
             engine, self._markers, self._groups, self._moves, self._finder, self._blobs, self._reader, self._listing
         )
@@ -408,6 +410,21 @@ class ObjectStore:
         """Read everything, and say what is wrong with it."""
         self._check_open()
         return await self._upkeep.verify()
+
+    async def unreadable(self, namespace: str, queue: str) -> builtins.list[tuple[str, MillpondError]]:
+        """What of a queue cannot be read: message ids, and names of other objects, each with the reason. Reads all that
+        this process does not know."""
+        self._check_open()
+        return await self._damaged.all_of(namespace, queue)
+
+    async def discard_unreadable(self, namespace: str, queue: str, what: str) -> bool:
+        """Remove what cannot be read of a message id, or the object of this name; False: there is nothing of that id
+        that cannot be read. A marker or a pointer is written anew where the queue tells what it said.
+
+        Raises InvalidInput for an object that can be read, MessageNotFound when it is not there, StoreBusy when it is
+        being changed."""
+        self._check_open()
+        return await self._damaged.discard(namespace, queue, what)
 
     def subscribe(self, namespace: str, queue: str, callback: Callable[[], object]) -> Subscription:
         """Call back soon after another process of this machine changed the queue: other machines are not heard of.
