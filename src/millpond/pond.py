@@ -22,7 +22,18 @@ from millpond.service.dispatcher import Dispatcher
 from millpond.service.operations import Operations
 from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
-from millpond.stores.base import Box, Capabilities, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
+from millpond.stores.base import (
+    Box,
+    Capabilities,
+    Conflict,
+    Discarding,
+    Finding,
+    Problem,
+    QueueName,
+    Reach,
+    Remove,
+    Store,
+)
 from millpond.stores.sealed import refuse_sealed
 from millpond.worker.registry import Registrations
 
@@ -332,11 +343,10 @@ class Pond(Registrations):
     async def unreadable(self, queue: str, *, namespace: str | None = None) -> list[tuple[str, MillpondError]]:
         """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written
         under a key that the keyring lacks, changed, damaged, or by a newer Millpond. Nobody is given such a message.
-        Reads the whole queue. Raises InvalidQueue."""
-        from millpond.stores.encrypted import EncryptedStore
-
+        In a bucket also the names of its other objects that are damaged: markers of dedup keys and ids, pointers of
+        ordering keys. Reads the whole queue. Raises InvalidQueue."""
         key = self.service.key(namespace, queue)
-        found = await self.store.unreadable(*key) if isinstance(self.store, EncryptedStore) else []
+        found = await self.store.unreadable(*key) if isinstance(self.store, Discarding) else []
         for box in Box:
             after: int | None = None
             while True:
@@ -355,14 +365,18 @@ class Pond(Registrations):
         """Remove a message whose record cannot be read, with its payload and state, for good. With the key that is
         missing, or the newer Millpond that wrote it, it could still be read.
 
+        In a bucket ``message_id`` may also be the name of a damaged object, as `unreadable` and `verify` tell it. A
+        marker of an id and a pointer of an ordering key are written anew from what the queue shows; a dedup key whose
+        marker is damaged is free from then on.
+
         Raises MessageNotFound when there is none, InvalidInput when it can be read, StoreBusy when it is being
         changed.
         """
-        from millpond.stores.encrypted import EncryptedStore
-
         key = self.service.key(namespace, queue)
-        id = names.message_id(message_id)
-        if isinstance(self.store, EncryptedStore) and await self.store.discard_unreadable(*key, id):
+        discarding = self.store if isinstance(self.store, Discarding) else None
+        is_object = discarding is not None and "/" in str(message_id)
+        id = message_id if is_object else names.message_id(message_id)
+        if discarding is not None and await discarding.discard_unreadable(*key, id):
             return
         stored = await self.store.get(*key, id)
         if stored is None:

@@ -419,11 +419,16 @@ class PondCalls:
     def unreadable(self, queue: str, *, namespace: str | None = ...) -> builtins.list[tuple[str, MillpondError]]:
         """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written
         under a key that the keyring lacks, changed, damaged, or by a newer Millpond. Nobody is given such a message.
-        Reads the whole queue. Raises InvalidQueue."""
+        In a bucket also the names of its other objects that are damaged: markers of dedup keys and ids, pointers of
+        ordering keys. Reads the whole queue. Raises InvalidQueue."""
 
     def discard_unreadable(self, queue: str, message_id: str, *, namespace: str | None = ...) -> None:
         """Remove a message whose record cannot be read, with its payload and state, for good. With the key that is
         missing, or the newer Millpond that wrote it, it could still be read.
+
+        In a bucket ``message_id`` may also be the name of a damaged object, as `unreadable` and `verify` tell it. A
+        marker of an id and a pointer of an ordering key are written anew from what the queue shows; a dedup key whose
+        marker is damaged is free from then on.
 
         Raises MessageNotFound when there is none, InvalidInput when it can be read, StoreBusy when it is being
         changed."""

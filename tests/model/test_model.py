@@ -12,6 +12,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
+from tests.model.faulty import FaultyDeletingMachine, FaultyObjectsMachine
 from tests.model.machine import (
     CandidatesMachine,
     DeletingObjectsMachine,
@@ -49,6 +50,8 @@ def _settings(examples: int) -> settings:
         (ObjectsMachine, 40),
         (DeletingObjectsMachine, 40),
         (EncryptedObjectsMachine, 10),
+        (FaultyObjectsMachine, 8),
+        (FaultyDeletingMachine, 8),
     ],
     ids=[
         "memory",
@@ -59,6 +62,8 @@ def _settings(examples: int) -> settings:
         "objects-fenced",
         "objects",
         "objects-encrypted",
+        "objects-faulty",
+        "objects-faulty-deleting",
     ],
 )
 def test_queue_does_what_its_model_does(machine: type[Machine], examples: int) -> None:

@@ -93,6 +93,9 @@ def discard_unreadable(settings: Settings, queue: str, messages: tuple[str, ...]
     `verify` lists them. Nobody is given one, no other command removes one, and one with an ordering key holds up those
     behind it. First look for the missing key: with it the message could still be read.
 
+    In a bucket MESSAGE may also be the name of a damaged object, as `verify` tells it, and --all means these, too. Of
+    an id or an ordering key the object is written anew, from what the queue shows; a dedup key becomes free.
+
     Only what cannot be read is removed; a message named here that can be read is an error. Says what it would remove
     and asks; where nobody can be asked, --yes is needed. A payload that cannot be read needs no discarding: the message
     is handed out, fails, and ends among the dead letters.

@@ -26,6 +26,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+from millpond.errors import MillpondError
+
 
 class Box(enum.IntEnum):
     """Where a record lies in its queue."""
@@ -501,6 +503,18 @@ class Store(Protocol):
     # Last in the class: below it, ``list`` would name the method in annotations.
     async def list(self, namespace: str, queue: str, box: Box, *, after: int | None = None, limit: int = 100) -> Page:
         """Records of a box in order of insertion (``Item.key``), strictly after ``after``."""
+
+
+@runtime_checkable
+class Discarding(Protocol):
+    """What a store offers beside, when there may be records or objects in it that it cannot read itself."""
+
+    async def unreadable(self, namespace: str, queue: str) -> list[tuple[str, MillpondError]]:
+        """Message ids, and the store's own names of other things, that it cannot read, each with the reason."""
+
+    async def discard_unreadable(self, namespace: str, queue: str, what: str) -> bool:
+        """Remove one of these; False when it has none of this name, or can read it. Raises StoreBusy when it is being
+        changed, and what there is to say of a name of its own."""
 
 
 @runtime_checkable

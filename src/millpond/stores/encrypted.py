@@ -42,6 +42,7 @@ from millpond.crypto.keyring import Keyring
 from millpond.crypto.place import PLACE
 from millpond.crypto.vault import Index, Vault
 from millpond.errors import MessageNotFound, MillpondError, StoreBusy, StoreClosed, StoreMismatch, UnknownKey
+from millpond.model import names
 from millpond.stores.base import (
     Blob,
     Box,
@@ -49,6 +50,7 @@ from millpond.stores.base import (
     Conflict,
     Counts,
     Decide,
+    Discarding,
     Document,
     DocumentWritten,
     Insert,
@@ -504,8 +506,9 @@ class EncryptedStore:
         return []
 
     async def unreadable(self, namespace: str, queue: str) -> builtins.list[tuple[str, MillpondError]]:
-        """The ids of the queue's records whose head or status does not open, live and dead, each with the reason."""
-        found: builtins.list[tuple[str, MillpondError]] = []
+        """The ids of the queue's records whose head or status does not open, live and dead, each with the reason; and
+        what the inner store cannot read."""
+        found = await self.inner.unreadable(namespace, queue) if isinstance(self.inner, Discarding) else []
         for box in Box:
             after: int | None = 0
             while after is not None:
@@ -519,12 +522,19 @@ class EncryptedStore:
                 after = page.next_after
         return found
 
-    async def discard_unreadable(self, namespace: str, queue: str, id: str) -> bool:
+    async def discard_unreadable(self, namespace: str, queue: str, what: str) -> bool:
         """Remove a record whose head or status does not open, with all that belongs to it.
 
         False when there is none, or when it does open (then it is to be removed as any other). Raises StoreBusy when it
         is being changed. For operators: nothing calls it by itself, since a missing key may yet be found.
+
+        What the inner store cannot read it removes itself, and raises what that raises.
         """
+        id = what
+        if not isinstance(self.inner, Discarding):
+            id = names.message_id(what)
+        elif await self.inner.discard_unreadable(namespace, queue, what):
+            return True
         record = await self.inner.get(namespace, queue, id)
         if record is None:
             return False

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from millpond.errors import StoreCorrupt
+from millpond.errors import StoreCorrupt, StoreMismatch
 from millpond.stores.base import Box
 from millpond.stores.objects import names, records
 from millpond.stores.objects.bucket import Content, Tag
-from millpond.stores.objects.engine import Engine
+from millpond.stores.objects.engine import Engine, log
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Pointer, Record
 
@@ -22,6 +22,10 @@ REMEMBERED = 100_000
 """Pointers known at once, and firsts of groups from listings."""
 TRIES = 16
 """Races lost to others who move the same pointer."""
+STUCK = 60.0
+"""Seconds for which a group is left alone whose pointer cannot be read: else each look would try, and pay for it."""
+GOING_PAUSE = 5.0
+"""The same for one whose pointer somebody is about to delete."""
 GOING = 30_000
 """Milliseconds for which a delete may be on its way."""
 
@@ -36,6 +40,8 @@ class Groups:
         self._engine = engine
         self._known: OrderedDict[Group, tuple[str, Tag]] = OrderedDict()
         self._firsts: OrderedDict[Group, str] = OrderedDict()
+        self._stuck: OrderedDict[Group, float] = OrderedDict()
+        """Group → the moment, monotonic, at which it is tried again."""
 
     @staticmethod
     def of(name: Name) -> Group:
@@ -61,8 +67,37 @@ class Groups:
         if len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
 
+    def is_stuck(self, group: Group) -> bool:
+        """Whether a moment ago its pointer, or what that names, could not be read, or the pointer was about to be
+        deleted: nothing of it is handed out."""
+        until = self._stuck.get(group)
+        if until is not None and self._engine.clock.monotonic() >= until:
+            del self._stuck[group]
+            until = None
+        return until is not None
+
+    def unstick(self, group: Group) -> None:
+        """Its pointer has been written anew."""
+        self._stuck.pop(group, None)
+        self._known.pop(group, None)
+
     async def may_lead(self, name: Name) -> bool:
         """Whether the message may be leased, as the first of its group; makes it that if its turn has come."""
+        try:
+            return await self._lead(name)
+        except (StoreCorrupt, StoreMismatch) as error:
+            # What is damaged holds up its own group, and not who asks for a message of any other.
+            group = self.of(name)
+            log.error("millpond.objects.unreadable", extra={"object": names.pointer(*group), "reason": str(error)})
+            self._stick(group, STUCK)
+            return False
+
+    def _stick(self, group: Group, seconds: float) -> None:
+        self._stuck[group] = self._engine.clock.monotonic() + seconds
+        if len(self._stuck) > REMEMBERED:
+            self._stuck.popitem(last=False)
+
+    async def _lead(self, name: Name) -> bool:
         group = self.of(name)
         known = self._known.get(group)
         if known is not None and known[0] == name.place:
@@ -87,6 +122,7 @@ class Groups:
                 pointer = records.decode(Pointer, content.data, path)
                 if pointer.going and self._engine.now() - content.modified <= GOING:
                     # Whoever moved it on now might have it deleted under him.
+                    self._stick(group, GOING_PAUSE)
                     return False
                 place, tag = pointer.place, content.tag
                 self._know(group, place, tag)

@@ -261,13 +261,19 @@ class Markers:
         return await self._engine.exchange.delete_reusable(path, in_time)
 
     async def redeem(self, path: str, birth: bytes) -> None:
-        """The message with this birth is there, and about to go: see to it that its marker is confirmed."""
-        content = await self._engine.exchange.read(path)
-        if content is None:
-            return
-        marker = records.decode(Marker, content.data, path)
-        if marker.birth == birth and marker.standing == Standing.PENDING:
-            await self._engine.exchange.swap(path, records.encode(self.confirmed(marker)), content.tag)
+        """The message with this birth is there, and about to go: see to it that its marker is confirmed. Raises
+        StoreError."""
+        for _ in range(TRIES):
+            content = await self._engine.exchange.read(path)
+            if content is None:
+                return
+            marker = records.decode(Marker, content.data, path)
+            if marker.birth != birth or marker.standing != Standing.PENDING:
+                return
+            data = records.encode(self.confirmed(marker))
+            if isinstance(await self._engine.exchange.swap(path, data, content.tag), Tag):
+                return
+        raise StoreError(f"marker {path} keeps changing; try again")
 
     def goal(self, claim: Claim, target: int) -> Goal:
         """What an intent says of a marker that belongs to one of its targets."""

@@ -135,7 +135,11 @@ class Heads:
         """One of each group."""
         for seen in self._first.values():
             self._groups.first(seen.name)
-        return [self._better.get(group, first) for group, first in self._first.items()]
+        return [
+            self._better.get(group, first)
+            for group, first in self._first.items()
+            if not self._groups.is_stuck((*self._place, group))
+        ]
 
 
 class _Window(NamedTuple):

@@ -20,6 +20,9 @@ BOUNDS = 16
 """Observations that count; clocks drift, so old ones do not."""
 COARSE = 1000
 """Milliseconds by which a time without a fraction of a second may have been cut."""
+VAGUE = 3000
+"""Milliseconds of doubt about the offset with which a store is better not opened: others may be as wrong the other way,
+and leases last tens of seconds."""
 
 
 class Skew:
@@ -57,10 +60,22 @@ class Skew:
         self._decide()
 
     def _decide(self) -> None:
+        low, high = self._within()
+        self.offset = 0 if low <= 0 <= high else (low + high) // 2
+
+    def _within(self) -> tuple[int, int]:
         low, high = self._bounds[-1]
         # The newest counts in any case; older ones as long as they do not contradict it.
         for lower, upper in reversed(self._bounds):
             if max(low, lower) > min(high, upper):
                 break
             low, high = max(low, lower), min(high, upper)
-        self.offset = 0 if low <= 0 <= high else (low + high) // 2
+        return low, high
+
+    def is_vague(self) -> bool:
+        """Whether what is known leaves room for more than `VAGUE`: the process stood still while it compared clocks,
+        say."""
+        if not self._bounds:
+            return False
+        low, high = self._within()
+        return high - low > VAGUE

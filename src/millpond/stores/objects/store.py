@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from millpond.errors import OutcomeUnknown, StoreClosed, StoreError, StoreMismatch
+from millpond.errors import MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreMismatch
 from millpond.model.clock import Clock
 from millpond.stores.base import (
     Blob,
@@ -48,6 +48,7 @@ from millpond.stores.base import (
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import Bucket, Content
+from millpond.stores.objects.damaged import Damaged
 from millpond.stores.objects.engine import MARGIN, Engine, Options, log
 from millpond.stores.objects.feed import HostFeed
 from millpond.stores.objects.find import Finder
@@ -64,6 +65,8 @@ from millpond.stores.objects.writes import Writer
 
 T = TypeVar("T")
 
+COMPARISONS = 5
+"""Times that clocks are compared at opening, where doing so takes too long to tell much."""
 INLINE_LIMIT = 64 * 1024
 """Bytes; a payload up to this size costs no request of its own."""
 _root = msgspec.json.Decoder(records.Root)
@@ -117,6 +120,7 @@ class ObjectStore:
         self._listing = Listing(engine, self._moves)
         self._ready = Ready(engine, self._listing, self._groups)
         self._reader = Reader(engine, self._listing, self._groups)
+        self._damaged = Damaged(engine, self._groups)
         self._upkeep = Upkeep(
             engine, self._markers, self._groups, self._moves, self._finder, self._blobs, self._reader, self._listing
         )
@@ -187,6 +191,12 @@ class ObjectStore:
         return root
 
     async def _compare_clocks(self) -> None:
+        for _ in range(COMPARISONS):
+            await self._compare_once()
+            if not self._engine.skew.is_vague():
+                return
+
+    async def _compare_once(self) -> None:
         engine = self._engine
         path = names.clock(engine.ids.random(16))
         started = engine.skew.started()
@@ -363,7 +373,7 @@ class ObjectStore:
     async def document(self, namespace: str, queue: str) -> Document | None:
         """The queue's own document."""
         self._check_open()
-        return await self._writer.document(namespace, queue)
+        return await self._writer.documents.read(namespace, queue)
 
     async def queues(self) -> builtins.list[QueueName]:
         """Every queue that holds something or has a document, in name order."""
@@ -400,6 +410,21 @@ class ObjectStore:
         """Read everything, and say what is wrong with it."""
         self._check_open()
         return await self._upkeep.verify()
+
+    async def unreadable(self, namespace: str, queue: str) -> builtins.list[tuple[str, MillpondError]]:
+        """What of a queue cannot be read: message ids, and names of other objects, each with the reason. Reads all that
+        this process does not know."""
+        self._check_open()
+        return await self._damaged.all_of(namespace, queue)
+
+    async def discard_unreadable(self, namespace: str, queue: str, what: str) -> bool:
+        """Remove what cannot be read of a message id, or the object of this name; False: there is nothing of that id
+        that cannot be read. A marker or a pointer is written anew where the queue tells what it said.
+
+        Raises InvalidInput for an object that can be read, MessageNotFound when it is not there, StoreBusy when it is
+        being changed."""
+        self._check_open()
+        return await self._damaged.discard(namespace, queue, what)
 
     def subscribe(self, namespace: str, queue: str, callback: Callable[[], object]) -> Subscription:
         """Call back soon after another process of this machine changed the queue: other machines are not heard of.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from millpond.errors import MillpondError, StoreCorrupt, StoreError, StoreMismatch
 from millpond.stores.base import Box, Problem, QueueName
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
 from millpond.stores.objects.bucket import Content, Entry, Tag
-from millpond.stores.objects.engine import OLD, Engine
+from millpond.stores.objects.engine import OLD, READS, Engine
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.index import same
@@ -23,6 +23,9 @@ from millpond.stores.objects.names import BlobName, Name
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.records import Intent, Kind, Marker, Pointer, Record, Standing
 from millpond.stores.objects.rounds import Rounds
+
+A = TypeVar("A")
+T = TypeVar("T")
 
 QUIET = 3_600_000
 """Milliseconds after which an id marker or a pointer without its message goes: whoever wrote it is long done."""
@@ -110,11 +113,9 @@ class Upkeep:
             await self._pointers(name, limit)
         coming = await self._coming(queues, {orphan.path for orphan in orphans}) if orphans else None
         if coming is not None:
-            gone = [
-                path
-                for name, path, id in dict.fromkeys(orphans)
-                if path not in coming and not await self._found(name, path, id)
-            ]
+            alone = [orphan for orphan in dict.fromkeys(orphans) if orphan.path not in coming]
+            found = await self._at_once(self._found, alone)
+            gone = [orphan.path for orphan, there in zip(alone, found, strict=True) if not there]
             for start in range(0, len(gone), _BATCH):
                 await self._engine.exchange.delete_many(gone[start : start + _BATCH])
             for path in gone:
@@ -131,17 +132,30 @@ class Upkeep:
         reads: int,
         limit: int,
     ) -> int:
-        """Do this work on the objects that are wanted, one after the other, until ``limit`` of them have gone by it or
-        so many were read; how many have gone."""
+        """Do this work on the objects that are wanted, some at once, until ``limit`` of them have gone by it or so many
+        were read; how many have gone."""
         gone = done = 0
+        some: list[Entry] = []
         async with aclosing(self._rounds.pass_over(prefix)) as groups:
             async for group in groups:
-                for entry in filter(wanted, group):
-                    done += 1
-                    gone += await work(entry)
-                if gone >= limit or done >= reads:
-                    break
-        return gone
+                some += filter(wanted, group)
+                # Never more than may still go, or be read: it costs no more than one after the other would.
+                if len(some) >= min(READS, limit - gone, reads - done):
+                    done += len(some)
+                    gone += sum(await self._at_once(work, some))
+                    some = []
+                    if gone >= limit or done >= reads:
+                        return gone
+        return gone + sum(await self._at_once(work, some))
+
+    async def _at_once(self, ask: Callable[[A], Awaitable[T]], about: Sequence[A]) -> list[T]:
+        """Ask the same about each, some at once; an error is raised once all the others are done."""
+        answers: list[T] = []
+        for answer in await self._engine.each(ask, about):
+            if isinstance(answer, StoreError):
+                raise answer
+            answers.append(answer)
+        return answers
 
     async def _old_blobs(self, name: QueueName, before: int) -> list[BlobName]:
         """Payloads whose upload began before this, and gave no sign of life since; old signs of life, too. So many, and
@@ -177,13 +191,21 @@ class Upkeep:
         limit: int,
     ) -> None:
         """Add those of the payloads that no message has, up to the limit."""
-        for blob in old:
-            if not await self._owned(name, blob.path, present):
-                orphans.append(_Orphan(name, blob.path, blob.id))
-                if len(orphans) >= limit:
-                    if blob is not old[-1]:
-                        self._rounds.go_on(names.blobs_prefix(*name), blob.path)
-                    return
+
+        async def owned(blob: BlobName) -> bool:
+            return await self._owned(name, blob.path, present)
+
+        start = 0
+        while start < len(old):
+            some = old[start : start + min(READS, limit - len(orphans))]
+            start += len(some)
+            for blob, is_owned in zip(some, await self._at_once(owned, some), strict=True):
+                if not is_owned:
+                    orphans.append(_Orphan(name, blob.path, blob.id))
+            if len(orphans) >= limit:
+                if start < len(old):
+                    self._rounds.go_on(names.blobs_prefix(*name), some[-1].path)
+                return
 
     async def _clocks(self) -> None:
         """What those left who died while they opened the store."""
@@ -230,15 +252,15 @@ class Upkeep:
                 return True
         return False
 
-    async def _found(self, name: QueueName, path: str, id: str) -> bool:
+    async def _found(self, orphan: _Orphan) -> bool:
         """Whether a search for the message finds it, with this payload: a listing may have missed one that was given
         another name just then."""
         try:
-            placed = await self._finder.find(*name, names.dashed(id))
+            placed = await self._finder.find(*orphan.name, names.dashed(orphan.id))
         except _UNREADABLE as error:
-            self._listing.report(path, error)
+            self._listing.report(orphan.path, error)
             return True
-        return placed is not None and placed.record.blob == names.last_part(path)
+        return placed is not None and placed.record.blob == names.last_part(orphan.path)
 
     async def _coming(self, queues: list[QueueName], wanted: set[str]) -> set[str] | None:
         """Which of these payloads are those of messages that unfinished intents will bring; None if there is an intent
@@ -248,12 +270,11 @@ class Upkeep:
             for box in Box:
                 async with self._engine.listing(names.box_prefix(*name, box)) as pages:
                     async for page in pages:
-                        for entry in page:
-                            if records.form(entry.size).kind == Kind.MOVING:
-                                brought = await self._brought(entry)
-                                if brought is None:
-                                    return None
-                                coming |= brought & wanted
+                        moving = [entry for entry in page if records.form(entry.size).kind == Kind.MOVING]
+                        for brought in await self._at_once(self._brought, moving):
+                            if brought is None:
+                                return None
+                            coming |= brought & wanted
         return coming
 
     async def _brought(self, entry: Entry) -> set[str] | None:
@@ -306,19 +327,22 @@ class Upkeep:
         alone = [entry for entry in quiet if names.last_part(entry.name) not in present]
         if len(alone) > limit:
             self._rounds.go_on(names.markers_prefix(*name, "i"), alone[limit - 1].name)
-        for entry in alone[:limit]:
+
+        async def end(entry: Entry) -> None:
             content = await self._engine.exchange.read(entry.name)
             if content is None or not same(content.tag, entry.tag):
-                continue
+                return
             try:
                 marker = records.decode(Marker, content.data, entry.name)
                 if await self._markers.find(*name, marker) is not None:
-                    continue
+                    return
                 # Whoever is about to write the message may only have stood still.
                 if marker.standing != Standing.PENDING or await self._markers.fence(*name, marker):
                     await self._markers.remove(entry.name, content)
             except _UNREADABLE as error:
                 self._listing.report(entry.name, error)
+
+        await self._at_once(end, alone[:limit])
 
     async def _pointers(self, name: QueueName, limit: int) -> None:
         now = self._engine.now()

@@ -7,13 +7,11 @@ from contextlib import suppress
 
 import msgspec
 
-from millpond.errors import OutcomeUnknown, StoreError
+from millpond.errors import OutcomeUnknown, StoreCorrupt, StoreError, StoreMismatch
 from millpond.stores.base import (
     Box,
     Cause,
     Conflict,
-    Document,
-    DocumentWritten,
     DropState,
     Insert,
     Inserted,
@@ -33,17 +31,16 @@ from millpond.stores.base import (
 )
 from millpond.stores.objects import names, records
 from millpond.stores.objects.blobs import Blobs
-from millpond.stores.objects.bucket import Content, Tag
 from millpond.stores.objects.deletes import TooLate
+from millpond.stores.objects.documents import Documents
 from millpond.stores.objects.engine import Engine, log
-from millpond.stores.objects.exchange import undecided
 from millpond.stores.objects.find import Finder
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.index import Known, same
 from millpond.stores.objects.markers import Claim, Markers
 from millpond.stores.objects.moves import Moved, Moves, NewRecord
 from millpond.stores.objects.names import Name
-from millpond.stores.objects.records import Goal, Held, Intent, Marker, Record, Standing, Text, Tombstone
+from millpond.stores.objects.records import Goal, Held, Intent, Marker, Record, Standing, Tombstone
 
 SLACK = 1000
 """Milliseconds by which a message may be due before its name says so: ids are made a moment before or after the status,
@@ -66,7 +63,7 @@ class Writer:
         self._moves = moves
         self._finder = finder
         self._blobs = blobs
-        self._documents: dict[str, tuple[int, Tag]] = {}
+        self.documents = Documents(engine)
 
     @staticmethod
     def keys(op: Op) -> list[tuple[str, ...]]:
@@ -91,7 +88,7 @@ class Writer:
             if isinstance(op, Reseal):
                 return await self._rewrite(op, lambda record: _resealed(op, record))
             if isinstance(op, PutDocument):
-                return await self._put_document(op)
+                return await self.documents.put(op)
             return await self._rewrite(op, lambda record: _with_state(op, record))
 
     # Records that are there
@@ -135,6 +132,11 @@ class Writer:
             if takes_lead and not record.leased and not await self._groups.may_lead(name):
                 return Conflict(Cause.BLOCKED, record.id)
             payload = record.payload if op.want_payload else None
+            target = self._new_name(known, op)
+            if target is not None and target.key != name.key:
+                # Who looks for the message of its pending marker looks under the key that the marker tells.
+                await self._redeem(known)
+                record = known.record
             new = msgspec.structs.replace(
                 record,
                 write_id=engine.write_id(),
@@ -145,7 +147,6 @@ class Writer:
                 box=int(op.box),
                 status=op.status,
             )
-            target = self._new_name(known, op)
             if target is None:
                 free = not record.leased or record.due <= engine.now()
                 claims = op.leased and free
@@ -242,47 +243,53 @@ class Writer:
     async def _remove(self, op: Remove) -> Outcome:
         engine = self._engine
         unsure = False
-        for _ in range(TRIES):
-            known = await self._locate(op.item, op.mark)
-            if isinstance(known, Conflict):
-                # A delete whose reply was lost has taken place after all: nobody else could have done it.
-                return Removed() if unsure and known.cause is _MISSING else known
-            await self._redeem(known)
-            path, record = known.name.path, known.record
-            settled = await self._moves.settled(known)
-            deleted = await self._delete_held(known) if settled else False
-            if deleted:
-                engine.leave(path)
-            else:
-                unsure = unsure or deleted is None
-                try:
-                    buried = await self._moves.bury(known)
-                except StoreError as error:
-                    if unsure and not isinstance(error, OutcomeUnknown):
-                        raise _may_be_gone(op.item) from error
-                    raise
-                if buried is not True:
-                    continue
-                await self._tidy(path if settled else "", op)
-            if record.blob:
-                await self._tidy(names.blobs_prefix(record.namespace, record.queue) + record.blob, op)
-            return Removed()
-        raise self._restless(op.item)
+        try:
+            for _ in range(TRIES):
+                known = await self._locate(op.item, op.mark)
+                if isinstance(known, Conflict):
+                    # A delete whose reply was lost has taken place after all: nobody else could have done it.
+                    return Removed() if unsure and known.cause is _MISSING else known
+                await self._redeem(known)
+                path, record = known.name.path, known.record
+                settled = await self._moves.settled(known)
+                deleted = await self._delete_held(known) if settled else False
+                if deleted:
+                    engine.leave(path)
+                else:
+                    unsure = unsure or deleted is None
+                    if await self._moves.bury(known) is not True:
+                        continue
+                    await self._tidy(path if settled else "", op)
+                if record.blob:
+                    await self._tidy(names.blobs_prefix(record.namespace, record.queue) + record.blob, op)
+                return Removed()
+            raise self._restless(op.item)
+        except StoreError as error:
+            if unsure and not isinstance(error, OutcomeUnknown):
+                # What failed did not take place, but the delete before it may yet.
+                raise _may_be_gone(op.item) from error
+            raise
 
     async def _redeem(self, known: Known) -> None:
-        """Confirm the unique key of a message that is about to go."""
+        """Confirm the unique key of a message that is about to leave its name. Raises StoreError: then it must stay, or
+        who finds the marker pending would think that it never came, and let a second one in."""
         record = known.record
         if not record.pledge:
             return
         path = names.markers_prefix(record.namespace, record.queue, "u") + record.pledge
         try:
             await self._markers.redeem(path, record.birth)
-        except StoreError as error:
-            # The key may be free before its time, should its first owner have died as well.
+        except (StoreCorrupt, StoreMismatch) as error:
+            # Nobody else takes it over either; nor need a damaged marker hold up its message.
             log.warning(
                 "millpond.objects.marker_unconfirmed",
                 extra={"object": path, "message_id": record.id, "reason": str(error)},
             )
+        except OutcomeUnknown as error:
+            raise StoreError(
+                f"nothing was done with message {record.id}: its unique key must be confirmed first, and the bucket's "
+                "replies got lost; try again"
+            ) from error
         self._redeemed(known)
 
     @staticmethod
@@ -614,52 +621,6 @@ class Writer:
         except StoreError:
             await self.release(others)
             raise
-
-    # Documents
-
-    async def document(self, namespace: str, queue: str) -> Document | None:
-        """The queue's document."""
-        path = names.policy(namespace, queue)
-        content = await self._engine.exchange.read(path)
-        if content is None:
-            self._documents.pop(path, None)
-            return None
-        text = records.decode(Text, content.data, path)
-        self._documents[path] = (text.version, content.tag)
-        return Document(text.data, str(text.version))
-
-    async def _put_document(self, op: PutDocument) -> Outcome:
-        path = names.policy(op.namespace, op.queue)
-        exchange = self._engine.exchange
-        version = 1
-        if op.expect is not None:
-            if not op.expect.isascii() or not op.expect.isdigit():
-                return Conflict(Cause.STATE)
-            version = int(op.expect) + 1
-        data = records.encode(Text(records.FORMAT, self._engine.write_id(), version, op.data))
-
-        def lost(content: Content) -> bool:
-            # Of one number there is one document; those above may have been written over this one.
-            return records.decode(Text, content.data, path).version <= version
-
-        result: Tag | Content | None
-        if op.expect is None:
-            created = await exchange.create_until(path, data, insist=True, check=None)
-            result = created.result
-            if isinstance(result, Content) and created.unsure and not lost(result):
-                raise undecided(path)
-        else:
-            if self._documents.get(path, (0, None))[0] != version - 1:
-                await self.document(op.namespace, op.queue)
-            known = self._documents.get(path)
-            if known is None or known[0] != version - 1:
-                return Conflict(Cause.STATE)
-            result = await exchange.swap(path, data, known[1], lost=lost)
-        if not isinstance(result, Tag):
-            self._documents.pop(path, None)
-            return Conflict(Cause.STATE)
-        self._documents[path] = (version, result)
-        return DocumentWritten(str(version))
 
 
 def _may_be_gone(item: Item) -> OutcomeUnknown:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 from tests.unit.stores.objects.late import LATE, script, scripted
 from tests.unit.stores.objects.rig import (
+    DROPPED,
     LOST,
     NOW,
     REFUSED,
@@ -21,9 +22,9 @@ from tests.unit.stores.objects.rig import (
 )
 
 from millpond.errors import OutcomeUnknown, StoreError
-from millpond.stores.base import Box, Cause, Conflict, Inserted, Mark, Remove, Removed, Unique, Updated
+from millpond.stores.base import Box, Cause, Conflict, Inserted, Mark, Op, Remove, Removed, Unique, Update, Updated
 from millpond.stores.objects import names
-from millpond.stores.objects.bucket import Tag
+from millpond.stores.objects.bucket import ObjectChanged, Tag
 from millpond.stores.objects.store import ObjectStore
 
 UNTIL = NOW + 10**6
@@ -347,6 +348,107 @@ async def test_a_key_stays_taken_though_its_marker_could_not_be_confirmed_at_fir
     assert await _use_up(other, "q") == [first.item.id]
     again = await apply(other, fresh(2, unique=Unique("key", NOW, UNTIL)))
     assert again == Conflict(Cause.UNIQUE, first.item.id)
+
+
+async def _unconfirmed(rig: Rig, key: Unique) -> str:
+    """A message whose producer died before he could confirm its key."""
+    store, network = await scripted(rig)
+    network.rule = script(("replace", "/u/", REFUSED))
+    return (await insert(store, fresh(1, unique=key))).item.id
+
+
+async def test_a_key_stays_taken_though_its_message_was_redriven_before_it_was_confirmed() -> None:
+    """The pending marker tells the name that the message had at first."""
+    rig = Rig()
+    key = Unique("key", NOW, UNTIL)
+    first = await _unconfirmed(rig, key)
+    other, _ = await scripted(rig)
+    for box in (Box.DEAD, Box.LIVE):
+        [record] = (await other.list("default", "q", Box.LIVE if box is Box.DEAD else Box.DEAD)).records
+        moved = await apply(other, Update(record.item, record.mark, NOW, False, None, box, b"moved"))
+        assert isinstance(moved, Updated)
+    assert await apply(other, fresh(2, unique=key)) == Conflict(Cause.UNIQUE, first)
+    assert list(await picture(other)) == [first]
+
+
+@pytest.mark.parametrize("how", ["removed", "redriven", "handed off"])
+@pytest.mark.parametrize("step", ["read", "replace"])
+@pytest.mark.parametrize("fault", [REFUSED, DROPPED])
+async def test_a_message_stays_while_its_key_cannot_be_confirmed(how: str, step: str, fault: str) -> None:
+    rig = Rig()
+    key = Unique("key", NOW, UNTIL)
+    first = await _unconfirmed(rig, key)
+    other, network = await scripted(rig)
+    if how == "redriven":
+        [live] = (await other.list("default", "q", Box.LIVE)).records
+        await apply(other, Update(live.item, live.mark, NOW, False, None, Box.DEAD, b"dead"))
+    [record] = (await other.list("default", "q", Box.DEAD if how == "redriven" else Box.LIVE)).records
+    before = await picture(other)
+
+    async def rule(kind: str, name: str) -> str | None:
+        return fault if kind == step and "/u/" in name else None
+
+    network.rule = rule
+    removal = Remove(record.item, record.mark)
+    ways: dict[str, list[Op]] = {
+        "removed": [removal],
+        "redriven": [Update(record.item, record.mark, NOW, False, None, Box.LIVE, b"again")],
+        "handed off": [removal, fresh(3, queue="next")],
+    }
+    with pytest.raises(StoreError) as raised:
+        await other.commit(ways[how])
+    assert not isinstance(raised.value, OutcomeUnknown)
+    assert await picture(other) == before
+    # The process dies here, and the next one is luckier.
+    after, _ = await scripted(rig)
+    assert await apply(after, fresh(2, unique=key)) == Conflict(Cause.UNIQUE, first)
+    assert isinstance(await apply(after, removal), Removed)
+    assert await apply(after, fresh(2, unique=key)) == Conflict(Cause.UNIQUE, first)
+
+
+async def test_a_damaged_marker_does_not_hold_up_its_message() -> None:
+    rig = Rig()
+    key = Unique("key", NOW, UNTIL)
+    await _unconfirmed(rig, key)
+    other, _ = await scripted(rig)
+    path = names.unique_marker("default", "q", "key")
+    content = await rig.root.read(path)
+    assert content is not None
+    await rig.root.replace(path, b"damaged", content.tag)
+    [record] = (await other.list("default", "q", Box.LIVE)).records
+    assert isinstance(await apply(other, Remove(record.item, record.mark)), Removed)
+    assert await picture(other) == {}
+
+
+@pytest.mark.parametrize("what", ["/m/", "/u/"])
+async def test_a_removal_that_may_take_place_yet_is_not_said_to_have_failed(what: str) -> None:
+    """Its delete was given up, and what it would do next is refused."""
+    rig = Rig()
+    key = Unique("key", NOW, UNTIL)
+    await _unconfirmed(rig, key)
+    store, network = await scripted(rig, index_entries=1)
+    [record] = (await store.ready("default", "q", NOW, limit=1)).records
+    held = await apply(store, lease(record, UNTIL))
+    assert isinstance(held, Updated)
+    deleted = 0
+
+    async def rule(kind: str, name: str) -> str | None:
+        nonlocal deleted
+        if kind == "delete":
+            deleted += 1
+            return LATE
+        if kind == "replace" and "/m/" in name:
+            # Somebody else has rewritten it meanwhile: so it has to be read again.
+            raise ObjectChanged("it was replaced")
+        refused = deleted == 3 and what in name and kind == "read" and network.count("replace") > 1
+        return REFUSED if refused else None
+
+    network.rule = rule
+    with pytest.raises(OutcomeUnknown):
+        await apply(store, Remove(record.item, held.mark))
+    assert deleted
+    await network.arrive()
+    assert await picture(await rig.store()) == {}
 
 
 async def test_a_removal_that_took_place_long_ago_is_not_said_to_have_failed() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from tests.unit.stores.objects.late import scripted
-from tests.unit.stores.objects.rig import NOW, QUEUE, Rig, apply, fresh, insert, lease, replace, uuid_at
+from tests.unit.stores.objects.late import script, scripted
+from tests.unit.stores.objects.rig import NOW, QUEUE, REFUSED, Rig, apply, fresh, insert, lease, replace, uuid_at
 
+from millpond.errors import StoreError
 from millpond.stores.base import Box, Item, Remove, Removed, Unique, Updated
 from millpond.stores.objects import names, rounds, upkeep
+from millpond.stores.objects.engine import READS
 from millpond.stores.objects.rounds import Rounds
 from millpond.stores.objects.store import ObjectStore
 
@@ -205,3 +208,112 @@ async def test_what_comes_while_everything_is_verified_lacks_nothing() -> None:
     network.rule = rule
     assert await store.verify() == []
     assert came
+
+
+class _Flights:
+    """How many requests of a kind were under way at once at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    async def __call__(self, kind: str, name: str) -> str | None:
+        if kind == "read":
+            self.now += 1
+            self.most = max(self.most, self.now)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            self.now -= 1
+        return None
+
+
+MANY = 100
+
+
+async def _keys(store: ObjectStore, rig: Rig) -> None:
+    for number in range(MANY):
+        await insert(store, fresh(number, unique=Unique(f"key {number}", NOW - 10, NOW if number % 2 else UNTIL)))
+
+
+async def _without_messages(rig: Rig) -> None:
+    for name in [name for name in rig.root.objects if name.startswith(names.box_prefix(*QUEUE, Box.LIVE))]:
+        await rig.root.delete(name)
+
+
+async def _ids(store: ObjectStore, rig: Rig) -> None:
+    for number in range(MANY):
+        await insert(store, fresh(number, chosen=True))
+    await _without_messages(rig)
+    rig.clock.advance(7200)
+
+
+async def _groups(store: ObjectStore, rig: Rig) -> None:
+    for number in range(MANY):
+        inserted = await insert(store, fresh(number, group=f"group {number}"))
+        assert isinstance(await apply(store, lease(inserted, NOW + 1000)), Updated)
+    await _without_messages(rig)
+    rig.clock.advance(7200)
+
+
+async def _payloads(store: ObjectStore, rig: Rig) -> None:
+    for number in range(MANY):
+        await _external(store, number)
+    rig.clock.advance(7200)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reads", "left"),
+    [
+        # Of each key its marker; of those that have ended nothing else, as who removes one goes by its tag.
+        (_keys, MANY, ("u", MANY // 2)),
+        # The marker, and both places of its message.
+        (_ids, 3 * MANY, ("i", 0)),
+        # The pointer, and the message that it names.
+        (_groups, 2 * MANY, ("g", 0)),
+        # The message of each payload.
+        (_payloads, MANY, ("b", MANY)),
+    ],
+    ids=["unique keys", "ids", "groups", "payloads"],
+)
+async def test_a_sweep_reads_several_objects_at_once_and_no_more_than_it_needs(
+    prepare: Callable[[ObjectStore, Rig], Awaitable[None]], reads: int, left: tuple[str, int]
+) -> None:
+    rig = Rig()
+    before, _ = await scripted(rig)
+    await prepare(before, rig)
+    store, network = await scripted(rig)
+    flights = _Flights()
+    network.rule = flights
+    await store.sweep(NOW + 2 * HOUR if left[0] == "b" else NOW, older_than=HOUR, limit=1000)
+    assert 16 <= flights.most <= READS
+    assert network.count("read") == reads
+    assert len(_left(rig, left[0])) == left[1]
+
+
+@pytest.mark.parametrize("limit", [1, 5, 31, 33, 49])
+async def test_a_sweep_of_several_at_once_keeps_to_its_limit(limit: int) -> None:
+    rig = Rig()
+    store, network = await scripted(rig)
+    await _keys(store, rig)
+    swept = 0
+    while swept < MANY // 2:
+        network.reset()
+        count = await store.sweep(NOW, older_than=10**9, limit=limit)
+        assert count <= limit
+        assert network.count("read") <= limit * upkeep.PER_LIMIT
+        assert network.count("delete") == count
+        swept += count
+    assert len(_left(rig, "u")) == MANY // 2
+
+
+async def test_one_marker_that_is_refused_does_not_keep_a_sweep_from_the_others() -> None:
+    rig = Rig()
+    store, network = await scripted(rig)
+    await _keys(store, rig)
+    network.rule = script(("read", "/u/", REFUSED))
+    with pytest.raises(StoreError, match="refused"):
+        await store.sweep(NOW, older_than=10**9, limit=1000)
+    # All that were read at the same time are done.
+    assert READS // 4 <= MANY - len(_left(rig, "u")) < READS
+    assert await store.sweep(NOW, older_than=10**9, limit=1000) > 0
+    await store.sweep(NOW, older_than=10**9, limit=1000)
+    assert len(_left(rig, "u")) == MANY // 2

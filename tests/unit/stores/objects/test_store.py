@@ -41,6 +41,7 @@ from millpond.stores.base import (
 )
 from millpond.stores.conformance.harness import chunks
 from millpond.stores.objects import names
+from millpond.stores.objects.bucket import Tag
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.records import Kind
 from millpond.stores.objects.store import ObjectStore
@@ -118,6 +119,32 @@ async def test_the_store_learns_how_far_the_clock_is_off(offset: int, resolution
         theirs.advance(1.001)
         await store.list("default", "q", Box.LIVE, limit=1000)
     assert abs(store.clock_offset - expected - 10) <= (1100 if resolution == 1000 else 1)
+    await store.close()
+
+
+@pytest.mark.parametrize("slow", [1, 4, 100])
+async def test_clocks_are_compared_again_where_that_took_too_long(slow: int) -> None:
+    """The process stands still for a minute between the write and its reply: that tells nothing of its clock."""
+    mine, theirs = ManualClock(), ManualClock(ManualClock().now_ms() + 25_137)
+    bucket = MemoryBucket(clock=theirs)
+    create, comparisons = bucket.create, 0
+
+    async def sleepy(name: str, data: bytes) -> Tag:
+        nonlocal comparisons
+        tag = await create(name, data)
+        if name.startswith("clock/"):
+            comparisons += 1
+            if comparisons <= slow:
+                for clock in (mine, theirs):
+                    clock.jump(60)
+        return tag
+
+    bucket.create = sleepy  # type: ignore[method-assign]
+    store = ObjectStore(bucket, clock=mine, measure_skew=True)
+    await store.open()
+    assert comparisons == min(slow, 4) + 1
+    # Should it always be like that, the store is opened nevertheless.
+    assert store.clock_offset == (25_137 if slow < 5 else 0)
     await store.close()
 
 
