@@ -33,6 +33,7 @@ GROUPS = {
     "Opening": ("connect", "connect_sync", "Pond", "SyncPond", "Config", "Keyring"),
     "Queues": ("Queue", "DeadLetters", "QueuePolicy", "QueueCounts", "EnqueueOptions", "Receipt", "Answer"),
     "Messages": ("Message", "Lease", "MessageState", "MessageView"),
+    "Workers": ("Worker", "Consumer", "Context", "Middleware", "RetryPolicy", "Retry", "GiveUp", "Defer", "Outcome"),
     "Without asyncio": ("SyncQueue", "SyncDeadLetters", "SyncMessage", "SyncMessageState", "SyncMessageView"),
     "Requests and their cost": ("PondRequests", "QueueRequests", "Requests"),
     "Payloads": ("json", "msgpack", "text", "Payload"),

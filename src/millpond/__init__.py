@@ -40,6 +40,15 @@ _WHERE = {
     "SyncQueue": "sync",
     "connect": "pond",
     "connect_sync": "sync",
+    "Consumer": "worker.registry",
+    "Context": "worker.hooks",
+    "Defer": "worker.outcomes",
+    "GiveUp": "worker.outcomes",
+    "Middleware": "worker.hooks",
+    "Outcome": "worker.outcomes",
+    "Retry": "worker.outcomes",
+    "RetryPolicy": "worker.retries",
+    "Worker": "worker.worker",
     "json": "service.payloads",
     "msgpack": "service.payloads",
     "text": "service.payloads",
@@ -104,6 +113,11 @@ if TYPE_CHECKING:
         SyncQueue,
         connect_sync,
     )
+    from millpond.worker.hooks import Context, Middleware
+    from millpond.worker.outcomes import Defer, GiveUp, Outcome, Retry
+    from millpond.worker.registry import Consumer
+    from millpond.worker.retries import RetryPolicy
+    from millpond.worker.worker import Worker
 
 
 def __getattr__(name: str) -> Any:
@@ -124,9 +138,13 @@ def __dir__() -> list[str]:
 __all__ = [
     "Answer",
     "Config",
+    "Consumer",
+    "Context",
     "CryptoError",
     "DeadLetters",
+    "Defer",
     "EnqueueOptions",
+    "GiveUp",
     "InvalidInput",
     "InvalidMessageId",
     "InvalidQueue",
@@ -137,7 +155,9 @@ __all__ = [
     "MessageNotFound",
     "MessageState",
     "MessageView",
+    "Middleware",
     "MillpondError",
+    "Outcome",
     "Payload",
     "PayloadNotLoaded",
     "Pond",
@@ -148,6 +168,8 @@ __all__ = [
     "QueueRequests",
     "Receipt",
     "Requests",
+    "Retry",
+    "RetryPolicy",
     "StateConflict",
     "StoreBusy",
     "StoreClosed",
@@ -165,6 +187,7 @@ __all__ = [
     "TooLarge",
     "TooManyConsumers",
     "UnknownKey",
+    "Worker",
     "__version__",
     "connect",
     "connect_sync",

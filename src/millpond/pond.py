@@ -23,6 +23,7 @@ from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
 from millpond.stores.base import Box, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
 from millpond.stores.sealed import refuse_sealed
+from millpond.worker.registry import Registrations
 
 if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
@@ -131,7 +132,7 @@ def _no_more(url: str, query: dict[str, str]) -> None:
         )
 
 
-class Pond:
+class Pond(Registrations):
     """A connection to a store. Use as ``async with``; safe for any number of tasks of its event loop."""
 
     def __init__(
@@ -143,6 +144,7 @@ class Pond:
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         """For a store of one's own; otherwise see `millpond.connect`."""
+        super().__init__()
         self.clock = clock or SystemClock()
         if store.capabilities.reach is Reach.NETWORK:
             # Others whose clocks are not this machine's go by the same leases and due times.

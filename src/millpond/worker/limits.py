@@ -26,24 +26,26 @@ from typing import TYPE_CHECKING, Any
 from millpond.errors import InvalidInput, LeaseLost, MillpondError
 from millpond.message import Message
 from millpond.model.names import queue_name
+from millpond.worker.hooks import Context, Middleware
+from millpond.worker.outcomes import Defer
+from millpond.worker.source import Source
 
 if TYPE_CHECKING:
     from millpond.model.clock import TimerHandle
-    from millpond.pond import Pond
     from millpond.queue import Queue
 
 log = logging.getLogger("millpond.worker")
 
 LEASE = 30.0
 """Seconds after which a dead worker's permit is another's. It is renewed three times within that."""
+PATIENCE = 60.0
+"""Seconds of one wait for a permit; then it is looked whether all of them still are there."""
 RATE_PERMITS = 32
 """Permits of a rate at most: each is a message, and taking it two writes."""
 START = 0.05
-"""Seconds within which a single message is begun after its permit was marked as used: the way from there to here."""
+"""Seconds within which a message is begun after its permit was marked as used: the way from there to here."""
 SPAN = 0.1
 """Of a period: for so long what a permit is worth may be used after its first use."""
-MAKE_AGAIN = 60.0
-"""Seconds between looks at whether all permits still are there, while none is to be had."""
 MOST = 1000
 """Permits of a concurrency limit at most: each is a message."""
 LONGEST = 86_400.0
@@ -54,20 +56,20 @@ PREFIX = "millpond.limit."
 class Concurrency:
     """At most ``limit`` at once."""
 
+    kind = "concurrency"
+    worth = 1
+
     def __init__(self, limit: int) -> None:
         if limit.__class__ is not int or not 1 <= limit <= MOST:
             raise InvalidInput(f"a concurrency limit is a whole number from 1 to {MOST}, not {limit!r}")
         self.limit = limit
-        self.kind = "concurrency"
         self.permits = limit
-        self.worth = 1
-
-    def __repr__(self) -> str:
-        return f"Concurrency({self.limit})"
 
 
 class Rate:
     """At most ``limit`` begun within any ``per`` seconds."""
+
+    kind = "rate"
 
     def __init__(self, limit: int, per: float = 1.0) -> None:
         if limit.__class__ is not int or not 1 <= limit <= 1_000_000:
@@ -76,15 +78,11 @@ class Rate:
             raise InvalidInput(f"the period of a rate is 0.001 to {LONGEST:.0f} seconds, not {per!r}")
         self.limit = limit
         self.per = float(per)
-        self.kind = "rate"
         # As many permits as can be with the same worth each, so that together they are worth no more than the limit.
         self.worth = math.ceil(limit / RATE_PERMITS)
         self.permits = limit // self.worth
         self.span = self.per * SPAN if self.worth > 1 else 0.0
         """Seconds after the first use within which the rest of a permit may be used."""
-
-    def __repr__(self) -> str:
-        return f"Rate({self.limit}, per={self.per})"
 
 
 Limit = Concurrency | Rate
@@ -101,8 +99,8 @@ def permit_id(queue: str, number: int) -> str:
 class Permit:
     """The right to begin one message. Begin with `use`, end with `release`."""
 
-    def __init__(self, gate: Gate, held: Held) -> None:
-        self._gate = gate
+    def __init__(self, pool: Permits, held: Held) -> None:
+        self._pool = pool
         self._held = held
         self.used = False
 
@@ -113,63 +111,71 @@ class Permit:
 
     async def release(self) -> None:
         """The work is done, or there was none. Never raises: what cannot be given back now frees itself."""
-        await self._gate.give_back(self._held, self.used)
+        await self._pool.give_back(self._held, self.used)
 
 
 class Held:
     """A permit's message, held by this process, and what is left of its worth."""
 
-    def __init__(self, gate: Gate, message: Message, worth: int) -> None:
-        self.gate = gate
+    def __init__(self, pool: Permits, message: Message, worth: int) -> None:
+        self.pool = pool
         self.message = message
-        self.out = 1
-        """Permits of it that are out."""
-        self.left = worth - 1
+        self.out = 0
+        """How much of it is out."""
+        self.left = worth
         self.begun_until: float | None = None
         """Of a rate: until when (monotonic) its worth may be used, from the first use on."""
-        self._using: asyncio.Task[bool] | None = None
         self.timer: TimerHandle | None = None
         self.lost = False
+        self._using: asyncio.Task[bool] | None = None
+
+    @property
+    def usable(self) -> bool:
+        """Something of it is left."""
+        begun = self.begun_until
+        return self.left > 0 and not self.lost and (begun is None or self.pool.clock.monotonic() <= begun)
 
     async def use(self) -> bool:
         """Begin one message on it."""
-        limit = self.gate.limit
+        limit = self.pool.limit
         if isinstance(limit, Concurrency):
             return not self.lost
         if self._using is None:
             # Once for all that it is worth: from now on it is gone for a period.
-            self._using = asyncio.ensure_future(self._start(limit))
+            self._using = asyncio.get_running_loop().create_task(self._start(limit))
         # Counted from when the store has it, so that a slow write does not eat up what it was made for.
         return await asyncio.shield(self._using) and (
-            self.begun_until is not None and self.gate.clock.monotonic() <= self.begun_until
+            self.begun_until is not None and self.pool.clock.monotonic() <= self.begun_until
         )
 
     async def _start(self, limit: Rate) -> bool:
         self.stop()
         try:
             await self.message.extend(limit.per + limit.span)
-        except LeaseLost:
+        except MillpondError as error:
+            # Whether it was written is not known, or it is somebody else's: no message begins on it either way.
             self.lost = True
+            log.warning("millpond.limit.lost", extra={"limit": self.pool.name, "reason": str(error)})
             return False
-        self.begun_until = self.gate.clock.monotonic() + max(limit.span, START)
+        self.begun_until = self.pool.clock.monotonic() + max(limit.span, START)
         return True
 
     def renew(self) -> None:
         """Keep it until `stop`."""
-        self.timer = self.gate.clock.call_later(LEASE / 3, lambda: self.gate.spawn(self._extend()))
+        self.timer = self.pool.clock.call_later(LEASE / 3, lambda: self.pool.spawn(self._extend()))
 
     async def _extend(self) -> None:
         if self.timer is None:
             return
         try:
             await self.message.extend(LEASE)
-        except LeaseLost:
+        except LeaseLost as error:
             self.lost = True
-            log.warning("millpond.limit.lost", extra={"limit": self.gate.name})
+            log.warning("millpond.limit.lost", extra={"limit": self.pool.name, "reason": str(error)})
             return
         except MillpondError as error:
             # The lease lasts for two more tries.
-            log.warning("millpond.limit.not_renewed", extra={"limit": self.gate.name, "reason": str(error)})
+            log.warning("millpond.limit.not_renewed", extra={"limit": self.pool.name, "reason": str(error)})
         if self.timer is not None:
             self.renew()
 
@@ -180,62 +186,59 @@ class Held:
             self.timer = None
 
 
-class Gate:
+class Permits:
     """One limit, seen from one process: takes permits from the store and gives them back."""
 
-    def __init__(self, pond: Pond, name: str, limit: Limit, *, namespace: str | None = None, owner: str | None = None):
-        """``name``: what is limited, the same in every process: ``queue.orders``, ``consumer.invoices``."""
+    def __init__(self, source: Source, name: str, limit: Limit, *, namespace: str | None = None) -> None:
+        """``name``: what is limited, the same in every process."""
         self.limit = limit
-        self.clock = pond.clock
+        self.clock = source.clock
         self.name = f"{PREFIX}{limit.kind}.{name}"
-        self._owner = owner
-        self._pond = pond
-        self._queue: Queue = pond.queue(queue_name(self.name), namespace=namespace)
-        self._made = -1.0
-        """When the permits were last seen to be there (monotonic)."""
+        self._queue: Queue = source.queue(queue_name(self.name), namespace=namespace)
+        self._made = False
         self._open: list[Held] = []
         """Of a rate: those of which something is left."""
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def acquire(self, wait: float) -> Permit | None:
-        """A permit, or None when there was none within ``wait`` seconds. Raises MillpondError."""
-        held = self._from_open()
-        if held is not None:
-            return Permit(self, held)
-        if self._made < 0:
+    async def acquire(self, wanted: int, wait: float) -> list[Permit]:
+        """Up to ``wanted`` permits; [] when there was none within ``wait`` seconds. Raises MillpondError."""
+        permits = self._from_open(wanted)
+        if permits:
+            return permits
+        if not self._made:
             await self._make()
         end = self.clock.monotonic() + wait
-        while True:
-            got = await self._queue.receive(
-                1, wait=max(0.0, end - self.clock.monotonic()), visibility=LEASE, owner=self._owner
+        while not permits:
+            messages = await self._queue.receive(
+                math.ceil(wanted / self.limit.worth),
+                wait=max(0.0, end - self.clock.monotonic()),
+                visibility=LEASE,
             )
-            if not got:
-                if self.clock.monotonic() >= self._made + MAKE_AGAIN:
+            if not messages:
+                if wait:
                     await self._make()
-                return None
-            number = int(got[0].payload)
-            if number >= self.limit.permits:
-                await got[0].ack()  # The limit was lowered.
-                continue
-            held = Held(self, got[0], self.limit.worth)
-            held.renew()
-            if held.left:
+                return []
+            for message in messages:
+                if int(message.payload) >= self.limit.permits:
+                    await message.ack()  # The limit was lowered.
+                    continue
+                held = Held(self, message, self.limit.worth)
+                held.renew()
                 self._open.append(held)
-            return Permit(self, held)
+            permits = self._from_open(wanted)
+        return permits
 
-    def _from_open(self) -> Held | None:
-        """One of which something is left, if there is any."""
-        now = self.clock.monotonic()
-        self._open = [
-            held
-            for held in self._open
-            if held.left and not held.lost and (held.begun_until is None or now <= held.begun_until)
-        ]
+    def _from_open(self, wanted: int) -> list[Permit]:
+        """Of those at hand of which something is left."""
+        self._open = [held for held in self._open if held.usable]
+        permits: list[Permit] = []
         for held in self._open:
-            held.left -= 1
-            held.out += 1
-            return held
-        return None
+            while held.left and len(permits) < wanted:
+                held.left -= 1
+                held.out += 1
+                permits.append(Permit(self, held))
+        self._open = [held for held in self._open if held.left]
+        return permits
 
     async def _make(self) -> None:
         """Make the permits that are not there: at the beginning, and when somebody purged them."""
@@ -244,12 +247,10 @@ class Gate:
             async with asyncio.TaskGroup() as group:
                 for number in range(self.limit.permits):
                     group.create_task(self._make_one(number))
-        self._made = self.clock.monotonic()
+        self._made = True
 
     async def _make_one(self, number: int) -> None:
-        await self._queue.enqueue(
-            str(number).encode(), message_id=permit_id(self._queue.name, number), max_attempts=0, ttl=None
-        )
+        await self._queue.enqueue(str(number).encode(), message_id=permit_id(self._queue.name, number), max_attempts=0)
 
     async def give_back(self, held: Held, used: bool) -> None:
         """A permit of it is done with."""
@@ -261,8 +262,7 @@ class Gate:
         if isinstance(self.limit, Rate) and held.begun_until is not None:
             return  # It comes back by itself.
         held.stop()
-        if held in self._open:
-            self._open.remove(held)
+        self._open = [one for one in self._open if one is not held]
         if held.lost:
             return
         try:
@@ -271,53 +271,106 @@ class Gate:
             log.warning("millpond.limit.not_given_back", extra={"limit": self.name, "reason": str(error)})
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a renewal beside everything else."""
+        """Run something beside everything else; `close` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Wait for renewals under way."""
+        """Wait for what is under way."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-class Gates:
-    """All limits of a consumer: a message may begin when each of them has a permit."""
+class Limiter(Middleware):
+    """Limits on a consumer's handlers, over all processes: its gate, and around its handlers to see when they begin.
 
-    def __init__(self, gates: Sequence[Gate]) -> None:
+    Made by `Pond.limit`. One may be given to several consumers of a queue: they share what it allows."""
+
+    def __init__(self, source: Source, name: str, limits: Sequence[Limit], *, namespace: str | None = None) -> None:
+        if not limits:
+            raise InvalidInput("a limit needs concurrency=… or rate=…, or both")
         # In one order everywhere, so that two workers never wait for what the other holds.
-        self._gates = sorted(gates, key=lambda gate: gate.name)
+        self._pools = [
+            Permits(source, name, limit, namespace=namespace) for limit in sorted(limits, key=lambda one: one.kind)
+        ]
+        self._waiting: list[list[Permit]] = []
+        """Admitted and not begun; each a permit of every pool."""
+        self._working: list[list[Permit]] = []
+        self._void = 0
+        """Handlers that were admitted and turned away, and hold nothing."""
 
-    async def acquire(self, wait: float) -> list[Permit] | None:
-        """A permit of each, or None, with nothing held, when there were none within ``wait`` seconds."""
-        permits: list[Permit] = []
+    async def acquire(self, wanted: int, wait: float) -> list[list[Permit]]:
+        """As many sets of one permit of each pool as there are, up to ``wanted``; [] when there is none in time."""
+        columns: list[list[Permit]] = []
         try:
-            for gate in self._gates:
-                permit = await gate.acquire(wait)
-                if permit is None:
+            for pool in self._pools:
+                column = await pool.acquire(wanted, wait)
+                columns.append(column)
+                if not column:
                     break
-                permits.append(permit)
+                wanted = min(wanted, len(column))
             else:
-                return permits
-        except BaseException:
-            await asyncio.shield(self.release(permits))
-            raise
-        await self.release(permits)
-        return None
+                rows = [[column[at] for column in columns] for at in range(wanted)]
+                columns = [column[wanted:] for column in columns]
+                return rows
+        finally:
+            for column in columns:
+                self._release(column)
+        return []
 
-    @staticmethod
-    async def use(permits: Sequence[Permit]) -> bool:
-        """The work begins; whether it may."""
-        return all([await permit.use() for permit in permits])
-
-    @staticmethod
-    async def release(permits: Sequence[Permit]) -> None:
-        """The work is done, or there was none."""
+    def _release(self, permits: Sequence[Permit]) -> None:
         for permit in permits:
-            await permit.release()
+            self._pools[0].spawn(permit.release())
 
-    async def close(self) -> None:
-        """Wait for what is under way."""
-        for gate in self._gates:
-            await gate.close()
+    # As a gate
+
+    async def admit(self, wanted: int) -> int:
+        """Wait until at least one handler may start; how many may."""
+        while True:
+            rows = await self.acquire(wanted, PATIENCE)
+            if rows:
+                self._waiting += rows
+                return len(rows)
+
+    def unused(self, count: int) -> None:
+        """So many did not start."""
+        for _ in range(min(count, len(self._waiting))):
+            self._release(self._waiting.pop())
+
+    def ended(self, count: int) -> None:
+        """So many have ended. Whose permit is whose does not matter: those in use are given back before others, which
+        belong to handlers whose payload did not fit, and who never began."""
+        for _ in range(count):
+            if self._void:
+                self._void -= 1
+                continue
+            rows = self._working or self._waiting
+            if rows:
+                self._release(rows.pop())
+
+    # Around handlers
+
+    async def before(self, context: Context) -> None:
+        """A handler begins, as soon as it may. Its permit may have been lost while it waited for a message, or be the
+        rest of one whose time is over; then it waits for another, and the lease of its message is renewed meanwhile."""
+        self._void += 1
+        while self._waiting:
+            row = self._waiting.pop()
+            self._void -= 1
+            self._working.append(row)
+            if all([await permit.use() for permit in row]):
+                return
+            self._working = [one for one in self._working if one is not row]
+            self._release(row)
+            self._void += 1
+            self._waiting += await self.acquire(1, PATIENCE)
+        raise Defer(reason="the permit to work on it was lost")
+
+    async def stop(self) -> None:
+        """The worker ends: nothing is held any more."""
+        for rows in (self._waiting, self._working):
+            while rows:
+                self._release(rows.pop())
+        for pool in self._pools:
+            await pool.close()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
@@ -25,9 +24,9 @@ from millpond.errors import InvalidInput, LeaseLost, MillpondError
 from millpond.message import Message, moment
 from millpond.model.names import queue_name
 from millpond.worker.schedule import Schedule
+from millpond.worker.source import Source
 
 if TYPE_CHECKING:
-    from millpond.pond import Pond
     from millpond.queue import Queue
 
 log = logging.getLogger("millpond.worker")
@@ -37,6 +36,8 @@ LEASE = 30.0
 LOOK = 60.0
 """Seconds after which a schedule is looked at again when its pacemaker is nowhere to be seen, and the longest that a
 timer runs, so that a wall clock that was set is noticed."""
+RETRY = 5000
+"""Milliseconds until what the store could not do is tried again."""
 WINDOW = 3600.0
 """Seconds for which a tick is remembered after its message is done; it must outlast a lease, and does by far."""
 FORGET = 90 * 86_400.0
@@ -46,10 +47,17 @@ GRACE = 60.0
 MOST = 100
 """Ticks that one catch-up makes up for, at most: they are enqueued in one commit."""
 PREFIX = "millpond.periodic."
-TICK = "millpond.tick"
-"""The attribute that holds a tick's time, in ms UTC."""
 
 CatchUp = Literal["skip", "latest"] | int
+
+
+class Tick(msgspec.Struct, frozen=True):
+    """What a periodic job's message holds, and its handler gets if it has a parameter for it."""
+
+    job: str
+    """The job's name."""
+    at: datetime
+    """The time for which it was fired, whenever that came to happen."""
 
 
 class Pacemaker(msgspec.Struct, frozen=True):
@@ -75,9 +83,6 @@ class Periodic:
         namespace: str | None = None,
         catch_up: CatchUp = "latest",
         grace: float = GRACE,
-        payload: bytes = b"",
-        content_type: str | None = None,
-        attributes: dict[str, str] | None = None,
     ) -> None:
         """``catch_up``: what becomes of ticks that came while no worker ran: ``"skip"`` fires none of them,
         ``"latest"`` the newest, a number up to so many of the newest. ``grace``: seconds by which a tick may be late
@@ -92,9 +97,6 @@ class Periodic:
         self.namespace = namespace
         self.catch_up = catch_up
         self.grace = grace
-        self.payload = payload
-        self.content_type = content_type
-        self.attributes = attributes or {}
         digest = hashlib.sha256(schedule.text.encode()).hexdigest()[:8]
         try:
             self.pacemaker = queue_name(f"{PREFIX}{self.name}.{digest}")
@@ -113,16 +115,39 @@ class Periodic:
 class Ticker:
     """Fires one periodic job's ticks, together with those of other workers."""
 
-    def __init__(self, pond: Pond, job: Periodic, *, owner: str | None = None) -> None:
-        self._pond = pond
+    def __init__(self, source: Source, job: Periodic) -> None:
+        self._clock = source.clock
         self._job = job
-        self._owner = owner
-        self._queue: Queue = pond.queue(job.pacemaker, namespace=job.namespace)
+        self._queue: Queue = source.queue(job.pacemaker, namespace=job.namespace)
+
+    @property
+    def name(self) -> str:
+        """For the logs."""
+        return f"periodic {self._job.name}"
+
+    async def run(self) -> None:
+        """Run until cancelled; what the store cannot do now is tried again."""
+        while True:
+            try:
+                look = await self.run_once()
+            except MillpondError as error:
+                reason = f"{error} [{error.code}]"
+                log.warning("millpond.periodic.failed", extra={"job": self._job.name, "reason": reason})
+                look = self._clock.now_ms() + RETRY
+            while (left := (look - self._clock.now_ms()) / 1000) > 0:
+                await self._pause(min(left, LOOK))
+
+    async def _pause(self, seconds: float) -> None:
+        done = asyncio.Event()
+        timer = self._clock.call_later(seconds, done.set)
+        try:
+            await done.wait()
+        finally:
+            timer.cancel()
 
     async def run_once(self) -> int:
         """Fire what is due, by whoever it is to be fired; when to look again (ms UTC). Raises MillpondError."""
-        clock = self._pond.clock
-        for message in await self._queue.receive(1, visibility=LEASE, owner=self._owner):
+        for message in await self._queue.receive(1, visibility=LEASE):
             try:
                 return await self._fire(message)
             except LeaseLost:
@@ -130,11 +155,11 @@ class Ticker:
         pause = await self._queue.next_due()
         if pause is None:
             return await self._begin()
-        return clock.now_ms() + round(pause * 1000)
+        return self._clock.now_ms() + round(pause * 1000)
 
     async def _fire(self, message: Message) -> int:
         job = self._job
-        now = self._pond.clock.now_ms()
+        now = self._clock.now_ms()
         try:
             last = _decoder.decode(await message.read()).last
         except msgspec.DecodeError:
@@ -152,7 +177,7 @@ class Ticker:
 
     async def _begin(self) -> int:
         """There is no pacemaker, it seems: make one."""
-        now = self._pond.clock.now_ms()
+        now = self._clock.now_ms()
         counts = await self._queue.counts()
         later = self._job.schedule.after(now)
         # One that is there and not to be had: somebody paused the queue, or was faster just now.
@@ -177,54 +202,10 @@ class Ticker:
         job = self._job
         return (
             job.queue,
-            job.payload,
+            _encoder.encode(Tick(job.name, moment(tick))),
             {
                 "dedup_key": f"cron:{job.name}:{tick}",
                 "dedup_window": WINDOW,
-                "attributes": {**job.attributes, TICK: tick},
-                "content_type": job.content_type,
+                "content_type": "application/json",
             },
         )
-
-
-def tick_of(message: Message) -> datetime | None:
-    """The time for which a periodic job's message was fired; None when it is not one's."""
-    at = message.attributes.get(TICK)
-    return moment(at) if isinstance(at, int) else None
-
-
-class Tickers:
-    """Fires the ticks of a worker's periodic jobs until it is cancelled."""
-
-    def __init__(self, pond: Pond, jobs: Sequence[Periodic], *, owner: str | None = None) -> None:
-        self._pond = pond
-        self._jobs = jobs
-        self._owner = owner
-
-    async def run(self) -> None:
-        """Run until cancelled; what the store cannot do now is tried again."""
-        async with asyncio.TaskGroup() as group:
-            for job in self._jobs:
-                group.create_task(self._run(job), name=f"millpond periodic {job.name}")
-
-    async def _run(self, job: Periodic) -> None:
-        ticker = Ticker(self._pond, job, owner=self._owner)
-        clock = self._pond.clock
-        while True:
-            try:
-                look = await ticker.run_once()
-            except MillpondError as error:
-                log.warning("millpond.periodic.failed", extra={"job": job.name, "reason": f"{error} [{error.code}]"})
-                look = clock.now_ms() + 5000
-            while (left := (look - clock.now_ms()) / 1000) > 0:
-                await pause(self._pond, min(left, LOOK))
-
-
-async def pause(pond: Pond, seconds: float) -> None:
-    """Let the pond's time pass."""
-    done = asyncio.Event()
-    timer = pond.clock.call_later(seconds, done.set)
-    try:
-        await done.wait()
-    finally:
-        timer.cancel()

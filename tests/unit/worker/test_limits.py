@@ -10,17 +10,17 @@ from tests.conformance.queue.conftest import World
 
 from millpond import Pond
 from millpond.errors import InvalidInput
-from millpond.worker.limits import LEASE, MAKE_AGAIN, Concurrency, Gate, Gates, Limit, Permit, Rate
+from millpond.worker.limits import LEASE, PATIENCE, Concurrency, Limit, Limiter, Permit, Permits, Rate
+from millpond.worker.outcomes import Defer
 
 
-async def taken(gate: Gate) -> Permit:
-    permit = await gate.acquire(0)
-    assert permit is not None
+async def taken(pool: Permits) -> Permit:
+    [permit] = await pool.acquire(1, 0)
     return permit
 
 
-def gate(pond: Pond, limit: Limit) -> Gate:
-    return Gate(pond, "queue.orders", limit)
+def gate(pond: Pond, limit: Limit) -> Permits:
+    return Permits(pond, "orders", limit)
 
 
 async def test_no_more_at_once_than_allowed_over_all_processes(world: World) -> None:
@@ -29,8 +29,8 @@ async def test_no_more_at_once_than_allowed_over_all_processes(world: World) -> 
         a, b = await taken(first), await taken(second)
         assert await a.use()
         assert await b.use()
-        assert await first.acquire(0) is None
-        assert await second.acquire(0) is None
+        assert await first.acquire(1, 0) == []
+        assert await second.acquire(1, 0) == []
         await a.release()
         await (await taken(second)).release()
         await b.release()
@@ -40,10 +40,9 @@ async def test_who_waits_for_a_permit_gets_it_when_it_is_given_back(world: World
     async with world.pond() as pond:
         only = gate(pond, Concurrency(1))
         held = await taken(only)
-        waiting = await world.waiting(only.acquire(60))
+        waiting = await world.waiting(only.acquire(1, 60))
         await held.release()
-        permit = await world.soon(waiting)
-        assert permit is not None
+        [permit] = await world.soon(waiting)
         await permit.release()
 
 
@@ -53,7 +52,7 @@ async def test_a_permit_is_kept_as_long_as_the_work_takes(world: World) -> None:
         other = gate(two, Concurrency(1))
         for _ in range(12):
             await world.advance(LEASE / 3)
-            assert await other.acquire(0) is None
+            assert await other.acquire(1, 0) == []
         await held.release()
         await (await taken(other)).release()
 
@@ -64,11 +63,11 @@ async def test_a_dead_holders_permit_comes_back_with_the_end_of_its_lease(world:
         held._held.stop()  # nobody renews it any more
         other = gate(alive, Concurrency(1))
         await world.advance(LEASE - 1)
-        assert await other.acquire(0) is None
+        assert await other.acquire(1, 0) == []
         await world.advance(1)
         permit = await taken(other)
         await held.release()  # too late, and of no effect
-        assert await gate(dead, Concurrency(1)).acquire(0) is None
+        assert await gate(dead, Concurrency(1)).acquire(1, 0) == []
         await permit.release()
 
 
@@ -78,8 +77,7 @@ async def test_a_rate_holds_within_any_period(world: World) -> None:
         begun: list[float] = []
         for step in range(200):
             for each in gates:
-                permit = await each.acquire(0)
-                if permit is not None:
+                for permit in await each.acquire(1, 0):
                     assert await permit.use()
                     begun.append(world.clock.monotonic())
                     await permit.release()
@@ -99,12 +97,10 @@ async def test_a_high_rate_asks_the_store_for_few_permits_and_still_holds(world:
         for _ in range(120):
             for each in gates:
                 for _ in range(30):
-                    permit = await each.acquire(0)
-                    if permit is None:
-                        break
-                    if await permit.use():
-                        begun.append(world.clock.monotonic())
-                    await permit.release()
+                    for permit in await each.acquire(1, 0):
+                        if await permit.use():
+                            begun.append(world.clock.monotonic())
+                        await permit.release()
             world.clock.advance(0.25)
         begun.sort()
         assert (
@@ -116,12 +112,12 @@ async def test_a_high_rate_asks_the_store_for_few_permits_and_still_holds(world:
 async def test_a_permit_that_was_not_used_is_given_back_at_once(world: World) -> None:
     async with world.pond() as one, world.pond() as two:
         permit = await taken(gate(one, Rate(1, per=60)))
-        assert await gate(two, Rate(1, per=60)).acquire(0) is None
+        assert await gate(two, Rate(1, per=60)).acquire(1, 0) == []
         await permit.release()
         again = await taken(gate(two, Rate(1, per=60)))
         assert await again.use()
         await again.release()
-        assert await gate(one, Rate(1, per=60)).acquire(0) is None
+        assert await gate(one, Rate(1, per=60)).acquire(1, 0) == []
         await world.advance(60)
         await (await taken(gate(one, Rate(1, per=60)))).release()
 
@@ -142,7 +138,7 @@ async def test_a_lowered_limit_removes_what_is_too_much(world: World) -> None:
             await permit.release()
         low = gate(pond, Concurrency(1))
         held = await taken(low)
-        assert await low.acquire(0) is None
+        assert await low.acquire(1, 0) == []
         await held.release()
         high = gate(pond, Concurrency(3))
         permits = [await taken(high) for _ in range(3)]
@@ -155,40 +151,110 @@ async def test_purged_permits_are_made_again(world: World) -> None:
         only = gate(pond, Concurrency(2))
         await (await taken(only)).release()
         assert await pond.queue(only.name).purge() == 2
-        await world.advance(MAKE_AGAIN)
-        assert await only.acquire(0) is None
+        waiting = await world.waiting(only.acquire(1, PATIENCE))
+        await world.advance(PATIENCE)
+        assert await world.soon(waiting) == []
         await (await taken(only)).release()
 
 
 async def test_processes_that_begin_together_make_each_permit_once(world: World) -> None:
     async with world.pond() as one, world.pond() as two:
-        got = await asyncio.gather(*(gate(pond, Concurrency(3)).acquire(0) for pond in (one, two)))
+        got = await asyncio.gather(*(gate(pond, Concurrency(3)).acquire(1, 0) for pond in (one, two)))
         counts = await one.queue(gate(one, Concurrency(3)).name).counts()
         assert counts.ready + counts.leased + counts.delayed == 3
-        for permit in got:
-            if permit is not None:
-                await permit.release()
+        for [permit] in got:
+            await permit.release()
+
+
+class Here:
+    """A consumer's way with its limiter, as a worker goes it."""
+
+    def __init__(self, pond: Pond, *limits: Limit) -> None:
+        self.limiter = Limiter(pond, "orders", limits)
+        self.context: Any = None
+
+    async def leased(self, pond: Pond, kind: str) -> int:
+        for pool in self.limiter._pools:
+            await pool.close()
+        return (await pond.queue(f"millpond.limit.{kind}.orders").counts()).leased
+
+
+async def test_what_did_not_start_and_what_has_ended_is_given_back(world: World) -> None:
+    async with world.pond() as pond:
+        here = Here(pond, Concurrency(5))
+        limiter = here.limiter
+        assert await limiter.admit(16) == 5
+        limiter.unused(3)
+        assert await here.leased(pond, "concurrency") == 2
+        await limiter.before(here.context)
+        await limiter.before(here.context)
+        waiting = await world.waiting(Here(pond, Concurrency(2)).limiter.admit(1))
+        limiter.ended(1)
+        assert await world.soon(waiting) == 1
+        limiter.ended(1)
+        await limiter.stop()
 
 
 async def test_of_several_limits_all_or_nothing_is_held(world: World) -> None:
     async with world.pond() as pond:
-        wide, narrow = Gate(pond, "a", Concurrency(2)), Gate(pond, "b", Concurrency(1))
-        both = Gates([wide, narrow])
-        permits = await both.acquire(0)
-        assert permits is not None
-        assert await Gates.use(permits)
-        assert await both.acquire(0) is None
-        assert (await pond.queue(wide.name).counts()).leased == 1
-        await Gates.release(permits)
-        assert (await pond.queue(wide.name).counts()).leased == 0
-        waiting = None
-        held = await taken(narrow)
-        waiting = await world.waiting(both.acquire(600))
+        here = Here(pond, Rate(1, per=60), Concurrency(3))
+        assert await here.limiter.admit(3) == 1
+        assert await here.leased(pond, "concurrency") == 1
+        waiting = await world.waiting(here.limiter.admit(3))
+        assert await here.leased(pond, "concurrency") == 3
         waiting.cancel()
         await asyncio.wait([waiting])
-        assert (await pond.queue(wide.name).counts()).leased == 0
-        await held.release()
-        await both.close()
+        assert await here.leased(pond, "concurrency") == 1
+        await here.limiter.before(here.context)
+        here.limiter.ended(1)
+        assert await here.leased(pond, "concurrency") == 0
+        assert await here.leased(pond, "rate") == 1
+        await world.advance(60)
+        assert await here.limiter.admit(3) == 1
+        await here.limiter.stop()
+
+
+async def test_a_handler_whose_permit_was_lost_waits_for_another(world: World) -> None:
+    async with world.pond() as one, world.pond() as two:
+        here, there = Here(one, Rate(1, per=60)), Here(two, Rate(1, per=60))
+        assert await here.limiter.admit(1) == 1
+        here.limiter._waiting[0][0]._held.stop()  # it stood still
+        await world.advance(LEASE)
+        assert await there.limiter.admit(1) == 1
+        waiting = await world.waiting(here.limiter.before(here.context))
+        there.limiter.unused(1)
+        await world.soon(waiting)
+        here.limiter.ended(1)
+        await here.limiter.stop()
+        await there.limiter.stop()
+
+
+async def test_a_handler_that_gets_no_permit_gives_its_message_back_without_a_failure(world: World) -> None:
+    async with world.pond() as one, world.pond() as two:
+        here, there = Here(one, Rate(1, per=3600)), Here(two, Rate(1, per=3600))
+        assert await here.limiter.admit(1) == 1
+        here.limiter._waiting[0][0]._held.stop()
+        await world.advance(LEASE)
+        assert await there.limiter.admit(1) == 1
+        await there.limiter.before(there.context)
+        waiting = await world.waiting(here.limiter.before(here.context))
+        await world.advance(PATIENCE)
+        with pytest.raises(Defer):
+            await world.soon(waiting)
+        here.limiter.ended(1)
+        there.limiter.ended(1)
+        await here.limiter.stop()
+        await there.limiter.stop()
+
+
+async def test_a_handler_whose_payload_did_not_fit_gives_its_permit_back(world: World) -> None:
+    async with world.pond() as pond:
+        here = Here(pond, Rate(2, per=60))
+        assert await here.limiter.admit(2) == 2
+        await here.limiter.before(here.context)
+        here.limiter.ended(2)  # one of them never began
+        assert await here.leased(pond, "rate") == 1
+        await here.limiter.stop()
 
 
 @pytest.mark.parametrize(
