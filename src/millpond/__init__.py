@@ -48,7 +48,11 @@ _WHERE = {
     "Outcome": "worker.outcomes",
     "Retry": "worker.outcomes",
     "RetryPolicy": "worker.retries",
+    "Task": "worker.tasks",
+    "TaskHandle": "worker.tasks",
+    "Tick": "worker.periodic",
     "Worker": "worker.worker",
+    "current_task": "worker.tasks",
     "json": "service.payloads",
     "msgpack": "service.payloads",
     "text": "service.payloads",
@@ -69,6 +73,7 @@ _WHERE = {
     "StoreFull": "errors",
     "StoreMismatch": "errors",
     "Tampered": "errors",
+    "TaskFailed": "errors",
     "TooLarge": "errors",
     "TooManyConsumers": "errors",
     "UnknownKey": "errors",
@@ -93,6 +98,7 @@ if TYPE_CHECKING:
         StoreFull,
         StoreMismatch,
         Tampered,
+        TaskFailed,
         TooLarge,
         TooManyConsumers,
         UnknownKey,
@@ -115,8 +121,10 @@ if TYPE_CHECKING:
     )
     from millpond.worker.hooks import Context, Middleware
     from millpond.worker.outcomes import Defer, GiveUp, Outcome, Retry
+    from millpond.worker.periodic import Tick
     from millpond.worker.registry import Consumer
     from millpond.worker.retries import RetryPolicy
+    from millpond.worker.tasks import Task, TaskHandle, current_task
     from millpond.worker.worker import Worker
 
 
@@ -184,6 +192,10 @@ __all__ = [
     "SyncPond",
     "SyncQueue",
     "Tampered",
+    "Task",
+    "TaskFailed",
+    "TaskHandle",
+    "Tick",
     "TooLarge",
     "TooManyConsumers",
     "UnknownKey",
@@ -191,6 +203,7 @@ __all__ = [
     "__version__",
     "connect",
     "connect_sync",
+    "current_task",
     "json",
     "msgpack",
     "text",

@@ -23,7 +23,7 @@ from millpond.service.service import QueueService
 from millpond.service.watch import watch_factory_from_storage
 from millpond.stores.base import Box, Conflict, Finding, Problem, QueueName, Reach, Remove, Store
 from millpond.stores.sealed import refuse_sealed
-from millpond.worker.registry import Registrations
+from millpond.worker.catalog import Catalog
 
 if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
@@ -132,7 +132,7 @@ def _no_more(url: str, query: dict[str, str]) -> None:
         )
 
 
-class Pond(Registrations):
+class Pond(Catalog):
     """A connection to a store. Use as ``async with``; safe for any number of tasks of its event loop."""
 
     def __init__(
