@@ -40,6 +40,10 @@ LEASE = 30.0
 """Seconds after which a dead worker's permit is another's. It is renewed three times within that."""
 PATIENCE = 60.0
 """Seconds of one wait for a permit; then it is looked whether all of them still are there."""
+LINGER = 60.0
+"""Seconds for which permits that found no message are kept for the next one: a worker whose queue is empty asks for
+messages every second or so, and is not to give back and take anew each time. Who else has the limit has the same queue,
+and finds no message either."""
 RATE_PERMITS = 32
 """Permits of a rate at most: each is a message, and taking it two writes."""
 START = 0.05
@@ -297,6 +301,10 @@ class Limiter(Middleware):
         self._waiting: list[list[Permit]] = []
         """Admitted and not begun; each a permit of every pool."""
         self._working: list[list[Permit]] = []
+        self._spare: list[list[Permit]] = []
+        """Not needed just now."""
+        self._spare_timer: TimerHandle | None = None
+        self._clock = source.clock
         self._void = 0
         """Handlers that were admitted and turned away, and hold nothing."""
 
@@ -327,16 +335,24 @@ class Limiter(Middleware):
 
     async def admit(self, wanted: int) -> int:
         """Wait until at least one handler may start; how many may."""
-        while True:
+        rows = self._spare[:wanted]
+        del self._spare[:wanted]
+        while not rows:
             rows = await self.acquire(wanted, PATIENCE)
-            if rows:
-                self._waiting += rows
-                return len(rows)
+        self._waiting += rows
+        return len(rows)
 
     def unused(self, count: int) -> None:
         """So many did not start."""
         for _ in range(min(count, len(self._waiting))):
-            self._release(self._waiting.pop())
+            self._spare.append(self._waiting.pop())
+        if self._spare and self._spare_timer is None:
+            self._spare_timer = self._clock.call_later(LINGER, self._let_go)
+
+    def _let_go(self) -> None:
+        self._spare_timer = None
+        while self._spare:
+            self._release(self._spare.pop())
 
     def ended(self, count: int) -> None:
         """So many have ended. Whose permit is whose does not matter: those in use are given back before others, which
@@ -345,7 +361,7 @@ class Limiter(Middleware):
             if self._void:
                 self._void -= 1
                 continue
-            rows = self._working or self._waiting
+            rows = self._working or self._waiting or self._spare
             if rows:
                 self._release(rows.pop())
 
@@ -369,7 +385,10 @@ class Limiter(Middleware):
 
     async def stop(self) -> None:
         """The worker ends: nothing is held any more."""
-        for rows in (self._waiting, self._working):
+        if self._spare_timer is not None:
+            self._spare_timer.cancel()
+            self._spare_timer = None
+        for rows in (self._waiting, self._working, self._spare):
             while rows:
                 self._release(rows.pop())
         for pool in self._pools:

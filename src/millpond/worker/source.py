@@ -7,12 +7,14 @@ from typing import Protocol
 
 from millpond.model.clock import Clock
 from millpond.queue import Queue
+from millpond.worker.hooks import Middleware
 
 
 class Source(Protocol):
     """Where queues come from."""
 
     clock: Clock
+    middleware: list[Middleware]
 
     def queue(self, name: str, *, namespace: str | None = None) -> Queue:
         """A queue by its name; no I/O."""

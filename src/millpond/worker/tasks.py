@@ -413,6 +413,8 @@ class Sender(Generic[P, R]):
     def _fields(self, key: str | None) -> EnqueueFields:
         options = self._options
         attributes = dict(options.attributes)
+        for each in self._task.outgoing():
+            each(attributes)
         if options.keep_result is not None:
             attributes[KEEP] = options.keep_result
         return {
@@ -457,6 +459,10 @@ class Task(Sender[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
         return self.function(*args, **kwargs)
+
+    def outgoing(self) -> list[Callable[[dict[str, Any]], None]]:
+        """What the pond's middleware adds to the attributes of calls that are sent: a trace's context."""
+        return [each.outgoing for each in self.source.middleware if hasattr(each, "outgoing")]
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
         """A call for `send_many`. Raises as `send` does."""

@@ -10,7 +10,7 @@ from tests.conformance.queue.conftest import World
 
 from millpond import Pond
 from millpond.errors import InvalidInput
-from millpond.worker.limits import LEASE, PATIENCE, Concurrency, Limit, Limiter, Permit, Permits, Rate
+from millpond.worker.limits import LEASE, LINGER, PATIENCE, Concurrency, Limit, Limiter, Permit, Permits, Rate
 from millpond.worker.outcomes import Defer
 
 
@@ -185,6 +185,9 @@ async def test_what_did_not_start_and_what_has_ended_is_given_back(world: World)
         limiter = here.limiter
         assert await limiter.admit(16) == 5
         limiter.unused(3)
+        assert await limiter.admit(1) == 1  # one of the three
+        limiter.unused(1)
+        await world.advance(LINGER)
         assert await here.leased(pond, "concurrency") == 2
         await limiter.before(here.context)
         await limiter.before(here.context)
@@ -223,6 +226,7 @@ async def test_a_handler_whose_permit_was_lost_waits_for_another(world: World) -
         assert await there.limiter.admit(1) == 1
         waiting = await world.waiting(here.limiter.before(here.context))
         there.limiter.unused(1)
+        await there.limiter.stop()
         await world.soon(waiting)
         here.limiter.ended(1)
         await here.limiter.stop()
