@@ -40,7 +40,7 @@ ATTRIBUTES = {
 OWN = {"PondCalls": {"open", "close"}}
 """What the synchronous class defines itself."""
 
-HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher"}}
+HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher", "twin"}}
 """What is of use on the pond's own event loop only, and so is not offered."""
 
 IMPORTS = """\
@@ -129,7 +129,7 @@ def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
     for node in body.body:
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
             continue
-        if node.name not in OWN.get(name, ()):
+        if node.name not in OWN.get(name, ()) and node.name not in HIDDEN.get(name, ()):
             yield from method(node)
 
 

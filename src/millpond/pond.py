@@ -176,6 +176,17 @@ class Pond(Catalog):
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
         self._requests_before = snapshot({}, {})
+        self._twin: Callable[[], Pond] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """It was opened and not closed since."""
+        return self._opened and not self._closed
+
+    def twin(self) -> Pond | None:
+        """Another pond on the same store, not opened yet, for another thread's event loop. None where there can be
+        none: in memory, on a store of one's own, under a clock of one's own."""
+        return None if self._twin is None else self._twin()
 
     async def open(self) -> Pond:
         """Open the store; `async with` does it. Raises StoreError."""
@@ -423,10 +434,14 @@ def connect(
     ``pond.rekey(encrypt_plain=True)`` encrypts an existing store. Raises InvalidInput for a URL that cannot be right,
     StoreError where a bucket needs a package that is not installed; opening raises StoreError, and UnknownKey for an
     encrypted store without its keyring."""
+    own_clock = clock is not None
     clock = clock or SystemClock()
     store = open_store(url, clock)
     if keyring is not None:
         from millpond.stores.encrypted import EncryptedStore
 
         store = EncryptedStore(store, keyring, accept_plain=accept_plain)
-    return Pond(store, clock=clock, config=config)
+    pond = Pond(store, clock=clock, config=config)
+    if not own_clock and store.capabilities.reach is not Reach.PROCESS:
+        pond._twin = lambda: connect(url, keyring=keyring, config=config, accept_plain=accept_plain)
+    return pond

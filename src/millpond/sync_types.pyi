@@ -391,6 +391,10 @@ class PondCalls:
     config: Config
     clock: Clock
 
+    @property
+    def is_open(self) -> bool:
+        """It was opened and not closed since."""
+
     def queue(self, name: str, *, namespace: str | None = ...) -> SyncQueue:
         """A queue by its name; no I/O. Raises InvalidQueue."""
 

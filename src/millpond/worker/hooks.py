@@ -6,7 +6,6 @@ concurrency limits. A `Service` runs beside the consumers for as long as the wor
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ class Context:
     """The handling of one message, from before its handler to the answer. Handlers get it by annotating a parameter
     with it; middleware is given it with each call, and may keep things of its own in `values`."""
 
-    __slots__ = ("_lost", "_then", "_values", "consumer", "deadline", "message", "payload", "started")
+    __slots__ = ("_cancelled", "_then", "_values", "consumer", "deadline", "message", "payload", "started")
 
     def __init__(self, consumer: str, message: Message, started: float, deadline: float | None) -> None:
         self.consumer = consumer
@@ -31,7 +30,7 @@ class Context:
         """When handling began, by the pond's monotonic clock."""
         self.deadline = deadline
         """When the time limit ends it, by the same clock; None without a limit."""
-        self._lost: threading.Event | None = None
+        self._cancelled = False
         self._then: list[tuple[Any, ...]] | None = None
         self._values: dict[Any, Any] | None = None
 
@@ -53,7 +52,7 @@ class Context:
     def cancelled(self) -> bool:
         """The lease was lost, the time is up, or the worker is leaving: the message will not be acked. For handlers in
         threads that want to end early; those on the event loop are cancelled anyway."""
-        return self._lost is not None and self._lost.is_set()
+        return self._cancelled
 
 
 class Middleware:
@@ -70,10 +69,11 @@ class Middleware:
 
     async def error(self, context: Context, error: BaseException | None, outcome: Outcome) -> None:
         """The handler did not return normally, or the payload does not fit; this will be the answer. ``error`` is None
-        where nothing was raised (a lost lease). Only told to those whose `before` was. In the opposite order."""
+        where nothing was raised (a handler that returned although its lease was lost). In the opposite order. Also
+        called for those whose `before` was not, because the payload did not fit or another's `before` failed."""
 
     async def settled(self, context: Context, kind: str) -> None:
-        """The message has been answered for (``kind`` as in `Outcome`), or was lost."""
+        """The message has been answered for (``kind`` as in `Outcome`), or was lost; it is not to be had any more."""
 
     async def start(self) -> None:
         """The worker starts taking messages."""
