@@ -31,7 +31,7 @@ from millpond.worker.outcomes import Defer
 from millpond.worker.source import Source
 
 if TYPE_CHECKING:
-    from millpond.model.clock import TimerHandle
+    from millpond.model.clock import Clock, TimerHandle
     from millpond.queue import Queue
 
 log = logging.getLogger("millpond.worker")
@@ -196,13 +196,22 @@ class Permits:
     def __init__(self, source: Source, name: str, limit: Limit, *, namespace: str | None = None) -> None:
         """``name``: what is limited, the same in every process."""
         self.limit = limit
-        self.clock = source.clock
-        self.name = f"{PREFIX}{limit.kind}.{name}"
-        self._queue: Queue = source.queue(queue_name(self.name), namespace=namespace)
+        self.name = queue_name(f"{PREFIX}{limit.kind}.{name}")
+        self._source = source
+        self._namespace = namespace
         self._made = False
         self._open: list[Held] = []
         """Of a rate: those of which something is left."""
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def clock(self) -> Clock:
+        """The pond's."""
+        return self._source.clock
+
+    @property
+    def _queue(self) -> Queue:
+        return self._source.queue(self.name, namespace=self._namespace)
 
     async def acquire(self, wanted: int, wait: float) -> list[Permit]:
         """Up to ``wanted`` permits; [] when there was none within ``wait`` seconds. Raises MillpondError."""
@@ -254,7 +263,7 @@ class Permits:
         self._made = True
 
     async def _make_one(self, number: int) -> None:
-        await self._queue.enqueue(str(number).encode(), message_id=permit_id(self._queue.name, number), max_attempts=0)
+        await self._queue.enqueue(str(number).encode(), message_id=permit_id(self.name, number), max_attempts=0)
 
     async def give_back(self, held: Held, used: bool) -> None:
         """A permit of it is done with."""
@@ -281,9 +290,11 @@ class Permits:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way. It may be used again, also with another store behind the pond."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._open.clear()
+        self._made = False
 
 
 class Limiter(Middleware):
@@ -304,7 +315,7 @@ class Limiter(Middleware):
         self._spare: list[list[Permit]] = []
         """Not needed just now."""
         self._spare_timer: TimerHandle | None = None
-        self._clock = source.clock
+        self._source = source
         self._void = 0
         """Handlers that were admitted and turned away, and hold nothing."""
 
@@ -347,7 +358,7 @@ class Limiter(Middleware):
         for _ in range(min(count, len(self._waiting))):
             self._spare.append(self._waiting.pop())
         if self._spare and self._spare_timer is None:
-            self._spare_timer = self._clock.call_later(LINGER, self._let_go)
+            self._spare_timer = self._source.clock.call_later(LINGER, self._let_go)
 
     def _let_go(self) -> None:
         self._spare_timer = None

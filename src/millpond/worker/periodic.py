@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from millpond.errors import InvalidInput, LeaseLost, MillpondError
+from millpond.errors import InvalidInput, LeaseLost, MillpondError, StoreClosed
 from millpond.message import Message, moment
 from millpond.model.names import queue_name
 from millpond.worker.schedule import Schedule
 from millpond.worker.source import Source
 
 if TYPE_CHECKING:
+    from millpond.model.clock import Clock
     from millpond.queue import Queue
 
 log = logging.getLogger("millpond.worker")
@@ -116,9 +117,16 @@ class Ticker:
     """Fires one periodic job's ticks, together with those of other workers."""
 
     def __init__(self, source: Source, job: Periodic) -> None:
-        self._clock = source.clock
+        self._source = source
         self._job = job
-        self._queue: Queue = source.queue(job.pacemaker, namespace=job.namespace)
+
+    @property
+    def _clock(self) -> Clock:
+        return self._source.clock
+
+    @property
+    def _queue(self) -> Queue:
+        return self._source.queue(self._job.pacemaker, namespace=self._job.namespace)
 
     @property
     def name(self) -> str:
@@ -130,6 +138,8 @@ class Ticker:
         while True:
             try:
                 look = await self.run_once()
+            except StoreClosed:
+                raise
             except MillpondError as error:
                 reason = f"{error} [{error.code}]"
                 log.warning("millpond.periodic.failed", extra={"job": self._job.name, "reason": reason})

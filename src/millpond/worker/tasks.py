@@ -25,7 +25,8 @@ import msgspec
 from millpond.errors import InvalidInput, MessageNotFound, TaskFailed
 from millpond.message import Message
 from millpond.model.message import DEFAULT_PRIORITY
-from millpond.model.names import message_id
+from millpond.model.names import message_id, namespace_name, queue_name
+from millpond.queue import Queue
 from millpond.service.config import EnqueueFields
 from millpond.service.payloads import JSON, Payload
 from millpond.worker.hooks import Context, Middleware
@@ -447,10 +448,8 @@ class Task(Sender[P, R]):
         super().__init__(self, _Options().changed(options))
         self.source = source
         self.name = name
-        self.queue = source.queue(queue, namespace=namespace)
-        """Where its calls wait."""
-        self.results = source.queue(RESULTS, namespace=namespace)
-        """Where its results lie."""
+        self._queue = queue_name(queue)
+        self._namespace = namespace_name(namespace)
         self.function = function
         self.waiters = waiters
         self.signature = Signature(function)
@@ -463,6 +462,16 @@ class Task(Sender[P, R]):
     def outgoing(self) -> list[Callable[[dict[str, Any]], None]]:
         """What the pond's middleware adds to the attributes of calls that are sent: a trace's context."""
         return [each.outgoing for each in self.source.middleware if hasattr(each, "outgoing")]
+
+    @property
+    def queue(self) -> Queue:
+        """Where its calls wait."""
+        return self.source.queue(self._queue, namespace=self._namespace)
+
+    @property
+    def results(self) -> Queue:
+        """Where its results lie."""
+        return self.source.queue(RESULTS, namespace=self._namespace)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
         """A call for `send_many`. Raises as `send` does."""
