@@ -16,7 +16,7 @@ from millpond.errors import MillpondError
 
 SECTIONS = {
     "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work"),
-    "Look": ("peek", "queues", "stats", "dlq"),
+    "Look": ("peek", "queues", "stats", "top", "dlq"),
     "Administer": (
         "pause",
         "resume",
@@ -124,7 +124,7 @@ def app() -> None:
 
 
 def _add_commands() -> None:
-    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, work
+    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, top, work
 
     for command in (
         enqueue.enqueue,
@@ -137,6 +137,7 @@ def _add_commands() -> None:
         inspect.peek,
         inspect.queues,
         inspect.stats,
+        top.top,
         dlq.dlq,
         admin.pause,
         admin.resume,
