@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from millpond import message, pond, queue
+from millpond.worker import registry
 
 STUB = Path(__file__).parents[1] / "src" / "millpond" / "sync_types.pyi"
 WIDTH = 120
@@ -30,6 +31,9 @@ CLASSES: dict[str, tuple[type, ModuleType]] = {
 }
 """Name for type checkers → the class behind it, and its module. `SyncPond` adds opening and closing to PondCalls."""
 
+BASES: dict[str, list[tuple[type, ModuleType]]] = {"PondCalls": [(registry.Registrations, registry)]}
+"""Base classes of ours whose methods are offered as well."""
+
 ATTRIBUTES = {
     "SyncMessageView": {"state": "str"},
     "SyncQueue": {"name": "str", "namespace": "str", "dead_letters": "SyncDeadLetters"},
@@ -40,7 +44,7 @@ ATTRIBUTES = {
 OWN = {"PondCalls": {"open", "close"}}
 """What the synchronous class defines itself."""
 
-HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher", "twin"}}
+HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher", "twin", "register"}}
 """What is of use on the pond's own event loop only, and so is not offered."""
 
 IMPORTS = """\
@@ -58,8 +62,12 @@ from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
+from millpond.worker.hooks import Gate, Middleware
+from millpond.worker.registry import RunIn
+from millpond.worker.retries import RetryPolicy
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 """
 
 RENAMED = {
@@ -117,8 +125,6 @@ def method(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
 
 def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
     """The lines of one class."""
-    tree = ast.parse(inspect.getsource(module))
-    [body] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
     yield f"class {name}:"
     yield f'    """`{cls.__name__}`, for synchronous code."""'
     yield ""
@@ -126,11 +132,14 @@ def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
     yield from (f"    {attribute}: {kind}" for attribute, kind in attributes.items())
     if attributes:
         yield ""
-    for node in body.body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
-            continue
-        if node.name not in OWN.get(name, ()) and node.name not in HIDDEN.get(name, ()):
-            yield from method(node)
+    for kind, where in [(cls, module), *BASES.get(name, [])]:
+        tree = ast.parse(inspect.getsource(where))
+        [body] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
+        for node in body.body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+                continue
+            if node.name not in OWN.get(name, ()) and node.name not in HIDDEN.get(name, ()):
+                yield from method(node)
 
 
 def page() -> str:

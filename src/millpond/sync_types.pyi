@@ -16,8 +16,12 @@ from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
+from millpond.worker.hooks import Gate, Middleware
+from millpond.worker.registry import RunIn
+from millpond.worker.retries import RetryPolicy
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 class SyncMessageState:
     """`MessageState`, for synchronous code."""
@@ -438,3 +442,32 @@ class PondCalls:
     def statistics(self) -> dict[str, Any]:
         """Counters of the store, the ready caches and the dispatcher, and of requests where the store charges for them;
         for operators."""
+
+    def consumer(
+        self,
+        queue: str,
+        *,
+        name: str | None = ...,
+        namespace: str | None = ...,
+        concurrency: int = ...,
+        visibility: float | None = ...,
+        retry: RetryPolicy | None = ...,
+        time_limit: float | None = ...,
+        type: Any = ...,
+        run_in: RunIn | None = ...,
+        middleware: Sequence[Middleware] = ...,
+        gate: Gate | None = ...,
+    ) -> Callable[[F], F]:
+        """Register a function as the handler of a queue's messages; a worker (`millpond worker`, `Worker`) runs it.
+
+        The function stays what it is. Of its parameters one is the payload, decoded and checked by its annotation (or
+        ``type``): bytes, str, a msgspec Struct, dataclass, TypedDict, pydantic model …; others are filled by theirs:
+        `Message`, `Lease`, `MessageState`, `Context`, `Queue`, `Pond`, or the Sync forms in functions that are no
+        coroutines. It returns: ack. It raises: nack, with the delay that ``retry`` says; `Retry`, `GiveUp` and `Defer`
+        say otherwise. A payload that does not fit is a dead letter at once.
+
+        ``name``: default the function's. ``concurrency``: handlers at the same time, per process. ``visibility``:
+        length of the lease, which is renewed while the handler runs; None for the messages' own. ``time_limit``:
+        seconds after which a handler is cancelled, and has failed. ``run_in``: "loop" (coroutine functions), "thread"
+        (others), or "process" for work that burns CPU; such a handler can be imported, and gets its payload and `Lease`
+        only. Raises InvalidInput."""

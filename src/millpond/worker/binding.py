@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+import msgspec.inspect
 
 from millpond.errors import InvalidInput
 from millpond.message import Lease, Message, MessageState
@@ -139,6 +140,9 @@ def decoder(kind: Any, wrong: Callable[[str], InvalidInput] = InvalidInput) -> D
         from_json, from_msgpack = msgspec.json.Decoder(kind).decode, msgspec.msgpack.Decoder(kind).decode
     except (TypeError, NotImplementedError, NameError) as error:
         raise wrong(f"no payload can be decoded as {kind!r:.200}: {error}") from error
+    for strange in _strangers(msgspec.inspect.type_info(kind), set()):
+        # msgspec would take it, and then find at every message that it is something else.
+        raise wrong(f"no payload can be decoded as {strange!r:.200}; use a Struct, a dataclass or a pydantic model")
 
     def decode(data: bytes, content_type: str | None) -> Any:
         try:
@@ -147,6 +151,19 @@ def decoder(kind: Any, wrong: Callable[[str], InvalidInput] = InvalidInput) -> D
             raise Unfit(str(error)) from error
 
     return decode
+
+
+def _strangers(info: Any, seen: set[int]) -> Iterator[Any]:
+    """The classes within a type that msgspec can check for, but cannot make."""
+    if isinstance(info, msgspec.inspect.CustomType):
+        yield info.cls
+    if isinstance(info, tuple):
+        for part in info:
+            yield from _strangers(part, seen)
+    elif isinstance(info, msgspec.Struct) and id(info) not in seen:
+        seen.add(id(info))
+        for name in info.__struct_fields__:
+            yield from _strangers(getattr(info, name), seen)
 
 
 def _bytes(data: bytes, content_type: str | None) -> bytes:

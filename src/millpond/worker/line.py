@@ -31,7 +31,7 @@ from millpond.worker.failures import MESSAGE_LIMIT, REASON_LIMIT, clean, details
 from millpond.worker.hooks import Context, Middleware
 from millpond.worker.jobs import HandledMessage, Job, pause
 from millpond.worker.leases import SHARE, Renewals
-from millpond.worker.outcomes import Defer, GiveUp, Kind, Outcome, Retry
+from millpond.worker.outcomes import KINDS, Defer, GiveUp, Kind, Outcome, Retry
 from millpond.worker.processes import Processes, RaisedInProcess
 from millpond.worker.threads import Call, Threads
 
@@ -118,7 +118,7 @@ class Line:
         self.polled: float | None = None
         """When messages were last asked for successfully (or the gate held them back), by the monotonic clock."""
         self.at_gate = False
-        self.counts: dict[Kind, int] = dict.fromkeys(("ack", "retry", "dead", "defer", "lost", "answered"), 0)
+        self.counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         renewals.watch(lambda: self.held)
 
     @property

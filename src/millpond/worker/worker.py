@@ -16,6 +16,7 @@ from millpond.worker.hooks import Middleware, Service
 from millpond.worker.jobs import Job, pause
 from millpond.worker.leases import LoopRenewals, Renewals, ThreadRenewals
 from millpond.worker.line import Line, overridden
+from millpond.worker.outcomes import KINDS
 from millpond.worker.registry import Consumer
 
 log = logging.getLogger("millpond.worker")
@@ -92,10 +93,10 @@ class Worker:
     def counts(self) -> dict[str, int]:
         """What became of the messages: ``ack``, ``retry``, ``dead``, ``defer``, ``lost``, ``answered`` (by the handler
         itself)."""
-        total: dict[str, int] = {}
+        total: dict[str, int] = dict.fromkeys(KINDS, 0)
         for line in self._lines:
             for kind, count in line.counts.items():
-                total[kind] = total.get(kind, 0) + count
+                total[kind] += count
         return total
 
     def stop(self, *, grace: float | None = None) -> None:
