@@ -361,6 +361,10 @@ class SyncQueue:
     def peek(self, count: int = ...) -> builtins.list[SyncMessageView]:
         """The messages that would be handed out next, without taking them."""
 
+    def browse(self, *, after: str | None = ..., limit: int = ...) -> builtins.list[SyncMessageView]:
+        """Live messages in order of insertion, held, delayed or ready, from after the one with id ``after``; changes
+        nothing. One that cannot be read is left out and logged. Raises MessageNotFound when ``after`` is gone."""
+
     def next_due(self) -> float | None:
         """Seconds until the earliest message that is not ready now comes due (a delay or a lease ends); None when there
         is none."""
