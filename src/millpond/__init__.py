@@ -38,6 +38,7 @@ _WHERE = {
     "SyncMessageView": "sync",
     "SyncPond": "sync",
     "SyncQueue": "sync",
+    "SyncTaskHandle": "sync",
     "connect": "pond",
     "connect_sync": "sync",
     "Consumer": "worker.registry",
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
         SyncMessageView,
         SyncPond,
         SyncQueue,
+        SyncTaskHandle,
         connect_sync,
     )
     from millpond.worker.hooks import Context, Middleware
@@ -191,6 +193,7 @@ __all__ = [
     "SyncMessageView",
     "SyncPond",
     "SyncQueue",
+    "SyncTaskHandle",
     "Tampered",
     "Task",
     "TaskFailed",

@@ -22,6 +22,7 @@ from millpond.errors import StoreClosed, StoreError
 from millpond.message import Message, MessageState, MessageView
 from millpond.pond import DEFAULT_URL, Pond, connect
 from millpond.queue import DeadLetters, Queue
+from millpond.worker.tasks import TaskHandle
 
 if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         SyncMessageState,
         SyncMessageView,
         SyncQueue,
+        SyncTaskHandle,
     )
 
 
@@ -44,6 +46,7 @@ __all__ = [
     "SyncMessageView",
     "SyncPond",
     "SyncQueue",
+    "SyncTaskHandle",
     "connect_sync",
 ]
 
@@ -194,6 +197,11 @@ if not TYPE_CHECKING:
 
         __slots__ = ()
 
+    class SyncTaskHandle(Synchronous):
+        """`TaskHandle`, for synchronous code."""
+
+        __slots__ = ()
+
     class SyncDeadLetters(Synchronous):
         """`DeadLetters`, for synchronous code."""
 
@@ -206,6 +214,7 @@ PROXIES: dict[type, Any] = {
     MessageState: SyncMessageState,
     MessageView: SyncMessageView,
     DeadLetters: SyncDeadLetters,
+    TaskHandle: SyncTaskHandle,
 }
 """What synchronous code gets for an object of these classes."""
 

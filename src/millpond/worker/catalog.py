@@ -20,7 +20,7 @@ from millpond.worker.source import Source
 if TYPE_CHECKING:
     from millpond.worker.limits import Limit, Limiter
     from millpond.worker.periodic import CatchUp
-    from millpond.worker.tasks import CoroutineTask, FunctionTask, SendFields, Task
+    from millpond.worker.tasks import Call, CoroutineTask, FunctionTask, SendFields, Task, TaskHandle
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -125,6 +125,12 @@ class Catalog(Registrations):
             return task
 
         return make if function is None else make(function)
+
+    async def send(self, call: Call[R], **options: Unpack[SendFields]) -> TaskHandle[R]:
+        """Send a task's call by this pond, whichever pond of the same store the task was registered with:
+        ``pond.send(resize.call("a.png"), delay=60)``. What synchronous code has in place of `Task.send`. Raises as
+        `Task.send` does."""
+        return await call.task.sender(cast(Source, self), options).send_call(call.payload)
 
     def periodic(
         self,

@@ -257,13 +257,24 @@ def current_task() -> TaskRun:
 class TaskHandle(Generic[R]):
     """A call that was sent: ask it for its result."""
 
-    def __init__(self, task: Task[Any, R], id: str, *, duplicate: bool = False, kept: bool = True) -> None:
+    def __init__(
+        self, task: Task[Any, R], id: str, *, duplicate: bool = False, kept: bool = True, source: Source | None = None
+    ) -> None:
         self._task = task
+        self._source = task.source if source is None else source
         self.id = message_id(id)
         """The call's id. It may be stored: `Task.handle` makes it a handle again."""
         self.duplicate = duplicate
         """An earlier call had the same unique key; this is that one."""
         self._kept = kept
+
+    @property
+    def _calls(self) -> Queue:
+        return self._task.calls(self._source)
+
+    @property
+    def _results(self) -> Queue:
+        return self._source.queue(RESULTS, namespace=self._task.calls(self._source).namespace)
 
     async def result(self, timeout: float | None = None) -> R:
         """What the function returned, as soon as it has, decoded by its annotation.
@@ -275,10 +286,12 @@ class TaskHandle(Generic[R]):
                 f"the result of task {self._task.name} is not kept: send it with keep_result=60 (seconds), by "
                 "@pond.task(keep_result=…) or .options(keep_result=…)"
             )
-        clock = self._task.source.clock
+        clock = self._source.clock
         end = None if timeout is None else clock.monotonic() + timeout
         over = asyncio.Event()
-        self._task.waiters.add(self.id, over)
+        here = self._source is self._task.source
+        if here:  # another pond may have another event loop, in another thread
+            self._task.waiters.add(self.id, over)
         pause = FIRST_LOOK
         try:
             while True:
@@ -296,14 +309,15 @@ class TaskHandle(Generic[R]):
                     timer.cancel()
                 pause = min(pause * 2, LONGEST_LOOK)
         finally:
-            self._task.waiters.remove(self.id, over)
+            if here:
+                self._task.waiters.remove(self.id, over)
 
     async def _look(self) -> tuple[bool, R]:
         """Whether there is a result, and which. Raises what `result` does."""
         task = self._task
         # The call first: a result that comes between the two looks is seen by the second.
         try:
-            call = await task.queue.get(self.id)
+            call = await self._calls.get(self.id)
         except MessageNotFound:
             call = None
         if call is not None:
@@ -311,7 +325,7 @@ class TaskHandle(Generic[R]):
                 raise _failed(task.name, call.last_error, call.dead_reason)
             return False, cast(R, None)
         try:
-            view = await task.results.get(self.id)
+            view = await self._results.get(self.id)
             return True, task.signature.result(await view.payload())
         except MessageNotFound:
             raise MessageNotFound(
@@ -323,14 +337,14 @@ class TaskHandle(Generic[R]):
         """``waiting``, ``running``, ``done`` (its result is there), ``failed`` (given up), or ``gone`` (done, with no
         result kept; or removed)."""
         try:
-            call = await self._task.queue.get(self.id)
+            call = await self._calls.get(self.id)
             if call.dead_reason is not None:
                 return "failed"
             return "running" if call.state == "leased" else "waiting"
         except MessageNotFound:
             pass
         try:
-            await self._task.results.get(self.id)
+            await self._results.get(self.id)
             return "done"
         except MessageNotFound:
             return "gone"
@@ -338,7 +352,7 @@ class TaskHandle(Generic[R]):
     async def progress(self) -> Any:
         """What the function last said about how far it is; None when it said nothing, or is over."""
         # A handle for looking only: a state is read by the message's id.
-        state = await self._task.queue.handle(self.id, "looking", 1).state.load()
+        state = await self._calls.handle(self.id, "looking", 1).state.load()
         return state.get(PROGRESS) if isinstance(state, dict) else None
 
     def __repr__(self) -> str:
@@ -356,7 +370,7 @@ def _failed(name: str, error: Any, reason: str) -> TaskFailed:
 
 
 class Call(Generic[R]):
-    """A call of a task with its arguments, not sent yet; for `Task.send_many`."""
+    """A call of a task with its arguments, not sent yet; for `Task.send_many` and `Pond.send`."""
 
     def __init__(self, task: Task[Any, R], payload: bytes) -> None:
         self.task = task
@@ -367,20 +381,21 @@ class Call(Generic[R]):
 class Sender(Generic[P, R]):
     """A task with options for sending it."""
 
-    def __init__(self, task: Task[P, R], options: _Options) -> None:
+    def __init__(self, task: Task[P, R], options: _Options, source: Source) -> None:
         self._task = task
         self._options = options
+        self._source = source
 
     def options(self, **fields: Unpack[SendFields]) -> Sender[P, R]:
         """The same with these options, too. Raises InvalidInput."""
-        return Sender(self._task, self._options.changed(fields))
+        return Sender(self._task, self._options.changed(fields), self._source)
 
     async def send(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
         """Have it run elsewhere; when this returns, the call is stored for good.
 
         Raises TypeError for arguments that the function does not take, InvalidInput for those that do not fit its
         annotations, and what `Queue.enqueue` raises."""
-        return await self._send(self._task.signature.encode(args, kwargs))
+        return await self.send_call(self._task.signature.encode(args, kwargs))
 
     async def send_many(self, calls: Iterable[Call[R]]) -> list[TaskHandle[R]]:
         """Send many calls, made by `Task.call`, in shared commits. Raises InvalidInput, before any is sent, for a call
@@ -394,22 +409,25 @@ class Sender(Generic[P, R]):
         if self._options.unique:
             if isinstance(self._options.unique, str):
                 raise InvalidInput("calls with one unique key are one call: use unique=True, or send them one by one")
-            return list(await asyncio.gather(*(self._send(call.payload) for call in given)))
-        receipts = await self._task.queue.enqueue_many(
+            return list(await asyncio.gather(*(self.send_call(call.payload) for call in given)))
+        receipts = await self._task.calls(self._source).enqueue_many(
             [Payload(call.payload, JSON) for call in given], **self._fields(None)
         )
         return [self._handle(receipt.message_id, receipt.duplicate) for receipt in receipts]
 
-    async def _send(self, payload: bytes) -> TaskHandle[R]:
+    async def send_call(self, payload: bytes) -> TaskHandle[R]:
+        """Send a call whose arguments are encoded. Raises what `Queue.enqueue` raises."""
         unique = self._options.unique
         key = None
         if unique:
             key = unique if isinstance(unique, str) else hashlib.sha256(payload).hexdigest()
-        receipt = await self._task.queue.enqueue(Payload(payload, JSON), **self._fields(key))
+        receipt = await self._task.calls(self._source).enqueue(Payload(payload, JSON), **self._fields(key))
         return self._handle(receipt.message_id, receipt.duplicate)
 
     def _handle(self, id: str, duplicate: bool) -> TaskHandle[R]:
-        return TaskHandle(self._task, id, duplicate=duplicate, kept=self._options.keep_result is not None)
+        return TaskHandle(
+            self._task, id, duplicate=duplicate, kept=self._options.keep_result is not None, source=self._source
+        )
 
     def _fields(self, key: str | None) -> EnqueueFields:
         options = self._options
@@ -445,7 +463,7 @@ class Task(Sender[P, R]):
         options: SendFields,
         waiters: Waiters,
     ) -> None:
-        super().__init__(self, _Options().changed(options))
+        super().__init__(self, _Options().changed(options), source)
         self.source = source
         self.name = name
         self._queue = queue_name(queue)
@@ -466,16 +484,19 @@ class Task(Sender[P, R]):
     @property
     def queue(self) -> Queue:
         """Where its calls wait."""
-        return self.source.queue(self._queue, namespace=self._namespace)
+        return self.calls(self.source)
 
-    @property
-    def results(self) -> Queue:
-        """Where its results lie."""
-        return self.source.queue(RESULTS, namespace=self._namespace)
+    def calls(self, source: Source) -> Queue:
+        """Where its calls wait, as another pond on the same store has it."""
+        return source.queue(self._queue, namespace=self._namespace)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
         """A call for `send_many`. Raises as `send` does."""
         return Call(self, self.signature.encode(args, kwargs))
+
+    def sender(self, source: Source, fields: SendFields) -> Sender[P, R]:
+        """The same, sent by another pond on the same store. Raises InvalidInput."""
+        return Sender(self, self._options.changed(fields), source)
 
     def handle(self, id: str) -> TaskHandle[R]:
         """The handle of a call that was sent earlier, by its id. Raises InvalidMessageId."""

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -454,3 +455,42 @@ async def test_no_limit_burns_an_attempt() -> None:
 
 class Later(msgspec.Struct):
     n: int
+
+
+def test_synchronous_code_sends_and_waits(tmp_path: Path) -> None:
+    """A web application without an event loop, and a worker in a thread of its own, on one file."""
+    url = f"sqlite:///{tmp_path}/pond.db"
+    app = millpond.connect(url)
+
+    @app.task
+    def double(number: int) -> int:
+        return 2 * number
+
+    started = threading.Event()
+    stop: list[Any] = []
+
+    def serve() -> None:
+        async def run() -> None:
+            worker = millpond.Worker(app)
+            loop = asyncio.get_running_loop()
+            stop.append(lambda: loop.call_soon_threadsafe(worker.stop))
+            started.set()
+            await worker.run()
+
+        asyncio.run(run())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        assert started.wait(30)
+        with millpond.connect_sync(url) as pond:
+            handles = [pond.send(double.call(number), keep_result=60) for number in range(3)]
+            assert isinstance(handles[0], millpond.SyncTaskHandle)
+            assert [handle.result(timeout=30) for handle in handles] == [0, 2, 4]
+            assert handles[0].state() == "done"
+            with pytest.raises(InvalidInput, match="not kept"):
+                pond.send(double.call(1)).result()
+    finally:
+        stop[0]()
+        thread.join(30)
+    assert not thread.is_alive()
