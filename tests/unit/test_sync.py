@@ -126,7 +126,7 @@ def test_nothing_has_to_be_awaited(pond: SyncPond, name: str) -> None:
 def test_type_checkers_know_every_name(name: str) -> None:
     generator = runpy.run_path(str(ROOT / "docs" / "make_sync_types.py"))
     stubs = {cls.__name__: stub for stub, (cls, _) in generator["CLASSES"].items()}
-    text = re.split(rf"class {stubs[name]}[:(]", text)[1].partition("\nclass ")[0]
+    text = re.split(rf"class {stubs[name]}[:(]", generator["page"]())[1].partition("\nclass ")[0]
     hidden = generator["HIDDEN"].get(stubs[name], set()) | generator["OWN"].get(stubs[name], set())
     cls = asynchronous_classes()[name]
     source = inspect.getsource(cls)
