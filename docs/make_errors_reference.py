@@ -12,6 +12,7 @@ from pathlib import Path
 from millpond import errors
 from millpond.cli.runner import CannotStart
 from millpond.stores.objects.bucket import OutcomeUnknown
+from millpond.worker.processes import ProcessDied
 
 PAGE = Path(__file__).parent / "reference" / "errors.md"
 
@@ -147,6 +148,11 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "Command line only: the program that `millpond work` is to run cannot be started. The message was given back.",
         "Check the path and its permissions.",
     ),
+    ProcessDied: (
+        'Workers only, as a last error: the process in which the handler ran (`run_in="process"`) was killed '
+        "or ended by itself. One failure is counted, and the message comes back; other messages are not affected.",
+        "The text has the exit code or the signal. SIGKILL is often the kernel, out of memory; SIGSEGV a library in C.",
+    ),
 }
 
 
@@ -161,7 +167,7 @@ def tree(kind: type[errors.MillpondError], level: int = 0) -> Iterator[tuple[int
 
 def page() -> str:
     """The page's text."""
-    found = [*tree(errors.MillpondError), (0, OutcomeUnknown), (0, CannotStart)]
+    found = [*tree(errors.MillpondError), (0, OutcomeUnknown), (0, CannotStart), (0, ProcessDied)]
     missing = [kind.__name__ for _, kind in found if kind not in CURES]
     if missing:
         raise SystemExit(f"no cause and cure in {Path(__file__).name} for {', '.join(missing)}")

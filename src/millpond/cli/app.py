@@ -15,7 +15,7 @@ from millpond.cli.settings import Group, Settings
 from millpond.errors import MillpondError
 
 SECTIONS = {
-    "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work"),
+    "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work", "worker"),
     "Look": ("peek", "queues", "stats", "top", "dlq"),
     "Administer": (
         "pause",
@@ -124,7 +124,7 @@ def app() -> None:
 
 
 def _add_commands() -> None:
-    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, top, work
+    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, top, work, worker
 
     for command in (
         enqueue.enqueue,
@@ -134,6 +134,7 @@ def _add_commands() -> None:
         consume.defer,
         consume.extend,
         work.work,
+        worker.worker,
         inspect.peek,
         inspect.queues,
         inspect.stats,

@@ -247,7 +247,7 @@ class ThreadRenewals(_Round):
         try:
             asyncio.run(self._main())
         except BaseException as error:
-            log.exception("millpond.worker.renewals_failed")
+            log.error("millpond.worker.renewals_failed", exc_info=True)
             self._tell(self._fail, error)
         finally:
             self._tell(self._ready.set)

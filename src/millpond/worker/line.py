@@ -45,6 +45,8 @@ FIRST_PAUSE = 0.2
 """Seconds of the first pause after a failure of the store; it doubles up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE = 15.0
 """So that a store that is back is used again within that, and a worker is not taken for dead by its probe."""
+LAST_WAIT = 1.0
+"""Seconds that tasks have to end once nothing that they do counts any more."""
 LONGEST_DELAY = 10 * 366 * 86_400.0
 """Seconds: more than anybody means, and less than the service refuses."""
 FATAL = (StoreClosed, StoreMismatch, InvalidInput)
@@ -114,6 +116,7 @@ class Line:
         """The taking task waits for something that a stop need not wait for."""
         self._deadline: asyncio.TimerHandle | Any = None
         self._unwinding: dict[Job, float] = {}
+        self._closed = False
         self.stopping = False
         self.polled: float | None = None
         """When messages were last asked for successfully (or the gate held them back), by the monotonic clock."""
@@ -297,8 +300,8 @@ class Line:
             error = raised
             if isinstance(error, asyncio.CancelledError):
                 task = asyncio.current_task()
-                if task is not None and task.cancelling() and job.why is None:
-                    raise  # not by the worker: the event loop is being torn down
+                if self._closed or (task is not None and task.cancelling() and job.why is None):
+                    raise  # not by the worker, or too late: the event loop is being torn down
                 if task is not None:
                     task.uncancel()
         del self.running[job]
@@ -460,7 +463,7 @@ class Line:
             try:
                 await hook(job.context, error, outcome)
             except Exception:  # a user's hook, which may raise anything; the answer must not depend on it
-                log.exception("millpond.worker.hook_failed", extra={"consumer": self.consumer.name})
+                log.error("millpond.worker.hook_failed", exc_info=True, extra={"consumer": self.consumer.name})
 
     def _log(self, job: Job, outcome: Outcome) -> None:
         if outcome.kind == "defer":
@@ -570,7 +573,7 @@ class Line:
             try:
                 await hook(job.context, kind)
             except Exception:  # as in `_tell_error`
-                log.exception("millpond.worker.hook_failed", extra={"consumer": self.consumer.name})
+                log.error("millpond.worker.hook_failed", exc_info=True, extra={"consumer": self.consumer.name})
 
     async def _lose(self, job: Job, why: str) -> None:
         """The answer was refused."""
@@ -656,13 +659,16 @@ class Line:
         """Leave nothing behind; what is unanswered now comes back when its lease ends."""
         if self.held:
             log.error("millpond.worker.unanswered", extra={"consumer": self.consumer.name, "messages": len(self.held)})
+        self._closed = True
         if self._deadline is not None:
             self._deadline.cancel()
-        left = [task for task in (self._taker, *self._tasks) if task is not None and not task.done()]
+        jobs = [job.task for job in {**self.held, **self.running}]
+        left = [task for task in (self._taker, *self._tasks, *jobs) if task is not None and not task.done()]
         for task in left:
             task.cancel()
         if left:
-            await asyncio.wait(left)
+            # Not for ever: a handler may refuse to be cancelled.
+            await asyncio.wait(left, timeout=LAST_WAIT)
         if self._threads is not None:
             self._threads.close()
         if self._processes is not None:

@@ -17,6 +17,7 @@ from millpond.worker.jobs import Job, pause
 from millpond.worker.leases import LoopRenewals, Renewals, ThreadRenewals
 from millpond.worker.line import Line, overridden
 from millpond.worker.outcomes import KINDS
+from millpond.worker.processes import address
 from millpond.worker.registry import Consumer
 
 log = logging.getLogger("millpond.worker")
@@ -67,6 +68,9 @@ class Worker:
                 f"a worker runs a consumer once; give one of them another name: {', '.join(sorted(twice))}"
             )
         self._bound = [Bound(consumer) for consumer in chosen]
+        for bound in self._bound:
+            if bound.run_in == "process":
+                address(bound.consumer)
         self._services = list(pond.services if services is None else services)
         if not self._bound and not self._services:
             raise InvalidInput("there is nothing to run: register a function with @pond.consumer(queue)")
@@ -79,6 +83,10 @@ class Worker:
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
         self._lines: list[Line] = []
+
+    def add_service(self, service: Service) -> None:
+        """Also run this beside the consumers; before `run`."""
+        self._services.append(service)
 
     @property
     def stopping(self) -> bool:
@@ -190,7 +198,7 @@ class Worker:
             except StoreClosed:
                 return
             except Exception:  # a user's or a scheduler's own; it is told, and tried again
-                log.exception("millpond.worker.service_failed", extra={"service": service.name})
+                log.error("millpond.worker.service_failed", exc_info=True, extra={"service": service.name})
             await pause(self.pond.clock, min(LONGEST_SERVICE_PAUSE, SERVICE_PAUSE * 2.0 ** min(times, 10)))
             times += 1
 

@@ -103,8 +103,10 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> MakeSite:
     @asynccontextmanager
     async def make(*, plan: Any = None, config: Config | None = None) -> AsyncIterator[Site]:
         clock = ManualClock()
-        store: Store = MemoryStore(clock=clock) if request.param == "memory" else SqliteStore(
-            str(tmp_path / "pond.db"), clock=clock
+        store: Store = (
+            MemoryStore(clock=clock)
+            if request.param == "memory"
+            else SqliteStore(str(tmp_path / "pond.db"), clock=clock)
         )
         if plan is not None:
             store = FaultyStore(store, plan)

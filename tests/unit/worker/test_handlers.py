@@ -179,7 +179,13 @@ async def test_a_coroutine_gets_what_it_asks_for_by_annotation(site: MakeSite) -
 
         @s.pond.consumer("q")
         async def handler(
-            message: Message, order: Order, lease: Lease, state: MessageState, context: Context, queue: Queue, pond: Pond
+            message: Message,
+            order: Order,
+            lease: Lease,
+            state: MessageState,
+            context: Context,
+            queue: Queue,
+            pond: Pond,
         ) -> None:
             await state.save({"step": 1})
             seen.update(
