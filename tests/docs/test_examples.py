@@ -29,6 +29,7 @@ NOT_RUN = {
     "docs/quickstart.md": 1,
     "docs/guides/producing.md": 0,
     "docs/guides/consuming.md": 0,
+    "docs/guides/workers.md": 2,
     "docs/guides/dead-letters.md": 0,
     "docs/guides/large-payloads.md": 0,
     "docs/guides/buckets.md": 1,
@@ -83,9 +84,10 @@ class Reader:
         self.loop = asyncio.new_event_loop()
         programs = folder / "bin"
         programs.mkdir()
-        command = programs / "millpond"
-        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m millpond "$@"\n')
-        command.chmod(0o755)
+        for name, arguments in (("millpond", "-m millpond "), ("python", "")):
+            command = programs / name
+            command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
+            command.chmod(0o755)
         (folder / "here").mkdir()
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("MILLPOND_")}
         self.environment |= {

@@ -135,7 +135,7 @@ class Supervisor:
             if leaving and place.asked is None:
                 self._tell(place, signal.SIGTERM)
             if place.asked is not None and now > place.asked + self.grace + KILL_AFTER:
-                log.error("millpond.supervisor.killed", extra={"process": process.pid, "seconds": now - place.asked})
+                log.error("millpond.supervisor.killed", extra={"pid": process.pid, "seconds": now - place.asked})
                 process.kill()
             return
         place.process = None
@@ -155,7 +155,7 @@ class Supervisor:
         place.start_at = now + seconds
         log.error(
             "millpond.supervisor.died",
-            extra={"process": process.pid, "exit_code": code, "pause": seconds, "number": place.number},
+            extra={"pid": process.pid, "exit_code": code, "pause": seconds, "number": place.number},
         )
 
     def _start(self, place: Place, now: float) -> None:
@@ -170,7 +170,7 @@ class Supervisor:
             process_group=0,
         )
         place.started, place.asked = now, None
-        log.info("millpond.supervisor.started", extra={"process": place.process.pid, "number": place.number})
+        log.info("millpond.supervisor.started", extra={"pid": place.process.pid, "number": place.number})
 
     def _tell(self, place: Place, number: int) -> None:
         if place.process is not None:

@@ -140,7 +140,7 @@ async def test_answers_that_the_store_does_not_take_do_not_keep_it_for_ever(
 
         await s.queue.enqueue(b"")
         worker = s.start(grace=10.0)
-        await until(lambda: down.is_set())
+        await until(down.is_set)
         worker.stop()
         with caplog.at_level(logging.ERROR, "millpond.worker"):
             await s.pass_(20, steps=20)
