@@ -104,6 +104,11 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "while it was being written.",
         "Try again. If it stays: look for a stopped process that has the store open (`fuser work.db`).",
     ),
+    errors.TaskFailed: (
+        "A task's call was given up: it is a dead letter. `kind` and `text` are what its function raised last.",
+        "The error is in the dead letter, with its traceback: `millpond dlq show`. Mend the cause, redrive it, and the "
+        "`result` of its handle can be asked again.",
+    ),
     errors.StoreFull: (
         "The disk, or the quota, has no room left. Nothing of this call was written.",
         "Free some space; the pond need not be reopened.",

@@ -27,7 +27,7 @@ from millpond.errors import InvalidInput, LeaseLost, MillpondError
 from millpond.message import Message
 from millpond.model.names import queue_name
 from millpond.worker.hooks import Context, Middleware
-from millpond.worker.outcomes import Defer
+from millpond.worker.outcomes import Defer, Outcome
 from millpond.worker.source import Source
 
 if TYPE_CHECKING:
@@ -131,7 +131,14 @@ class Held:
         """Of a rate: until when (monotonic) its worth may be used, from the first use on."""
         self.timer: TimerHandle | None = None
         self.lost = False
+        self.answering = asyncio.Lock()
+        """Renewing, using and giving back come one after the other: the last of them to be written stands."""
         self._using: asyncio.Task[bool] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Of a rate: it was marked as used, or is being marked."""
+        return self._using is not None
 
     @property
     def usable(self) -> bool:
@@ -155,7 +162,8 @@ class Held:
     async def _start(self, limit: Rate) -> bool:
         self.stop()
         try:
-            await self.message.extend(limit.per + limit.span)
+            async with self.answering:
+                await self.message.extend(limit.per + limit.span)
         except MillpondError as error:
             # Whether it was written is not known, or it is somebody else's: no message begins on it either way.
             self.lost = True
@@ -169,10 +177,11 @@ class Held:
         self.timer = self.pool.clock.call_later(LEASE / 3, lambda: self.pool.spawn(self._extend()))
 
     async def _extend(self) -> None:
-        if self.timer is None:
-            return
         try:
-            await self.message.extend(LEASE)
+            async with self.answering:
+                if self.timer is None:
+                    return
+                await self.message.extend(LEASE)
         except LeaseLost as error:
             self.lost = True
             log.warning("millpond.limit.lost", extra={"limit": self.pool.name, "reason": str(error)})
@@ -270,16 +279,17 @@ class Permits:
         held.out -= 1
         if not used:
             held.left += 1
-        if held.out:
-            return
-        if isinstance(self.limit, Rate) and held.begun_until is not None:
-            return  # It comes back by itself.
+            if all(one is not held for one in self._open):
+                self._open.append(held)
+        if held.out or held.begun:
+            return  # It is in use, or comes back by itself.
         held.stop()
         self._open = [one for one in self._open if one is not held]
         if held.lost:
             return
         try:
-            await held.message.defer()
+            async with held.answering:
+                await held.message.defer()
         except MillpondError as error:
             log.warning("millpond.limit.not_given_back", extra={"limit": self.name, "reason": str(error)})
 
@@ -316,8 +326,6 @@ class Limiter(Middleware):
         """Not needed just now."""
         self._spare_timer: TimerHandle | None = None
         self._source = source
-        self._void = 0
-        """Handlers that were admitted and turned away, and hold nothing."""
 
     async def acquire(self, wanted: int, wait: float) -> list[list[Permit]]:
         """As many sets of one permit of each pool as there are, up to ``wanted``; [] when there is none in time."""
@@ -366,33 +374,52 @@ class Limiter(Middleware):
             self._release(self._spare.pop())
 
     def ended(self, count: int) -> None:
-        """So many have ended. Whose permit is whose does not matter: those in use are given back before others, which
-        belong to handlers whose payload did not fit, and who never began."""
-        for _ in range(count):
-            if self._void:
-                self._void -= 1
-                continue
-            rows = self._working or self._waiting or self._spare
-            if rows:
-                self._release(rows.pop())
+        """So many have ended: which, the hooks below know."""
 
     # Around handlers
 
     async def before(self, context: Context) -> None:
         """A handler begins, as soon as it may. Its permit may have been lost while it waited for a message, or be the
         rest of one whose time is over; then it waits for another, and the lease of its message is renewed meanwhile."""
-        self._void += 1
-        while self._waiting:
-            row = self._waiting.pop()
-            self._void -= 1
-            self._working.append(row)
-            if all([await permit.use() for permit in row]):
+        context.values[self] = None
+        rows = [self._waiting.pop()] if self._waiting else await self.acquire(1, PATIENCE)
+        while rows:
+            [row] = rows
+            may = False
+            try:
+                may = all([await permit.use() for permit in row])
+            finally:
+                if may:
+                    context.values[self] = row
+                    self._working.append(row)
+                else:
+                    self._release(row)
+            if may:
                 return
+            rows = await self.acquire(1, PATIENCE)
+        raise Defer(reason="the permit to work on it was lost")
+
+    async def after(self, context: Context, result: Any) -> None:
+        """It has returned."""
+        self._end(context)
+
+    async def error(self, context: Context, error: BaseException | None, outcome: Outcome) -> None:
+        """It has not. What never began, for its payload did not fit, say, leaves a permit over."""
+        if self not in context.values and self._waiting:
+            context.values[self] = None
+            self._release(self._waiting.pop())
+        self._end(context)
+
+    async def settled(self, context: Context, kind: str) -> None:
+        """It answered by itself, and failed then."""
+        self._end(context)
+
+    def _end(self, context: Context) -> None:
+        row = context.values.get(self)
+        if row is not None:
+            context.values[self] = None
             self._working = [one for one in self._working if one is not row]
             self._release(row)
-            self._void += 1
-            self._waiting += await self.acquire(1, PATIENCE)
-        raise Defer(reason="the permit to work on it was lost")
 
     async def stop(self) -> None:
         """The worker ends: nothing is held any more."""

@@ -10,8 +10,9 @@ from tests.conformance.queue.conftest import World
 
 from millpond import Pond
 from millpond.errors import InvalidInput
+from millpond.worker.hooks import Context
 from millpond.worker.limits import LEASE, LINGER, PATIENCE, Concurrency, Limit, Limiter, Permit, Permits, Rate
-from millpond.worker.outcomes import Defer
+from millpond.worker.outcomes import Defer, Outcome
 
 
 async def taken(pool: Permits) -> Permit:
@@ -171,7 +172,17 @@ class Here:
 
     def __init__(self, pond: Pond, *limits: Limit) -> None:
         self.limiter = Limiter(pond, "orders", limits)
-        self.context: Any = None
+        self._message = pond.queue("orders").handle("01977420-dc00-7562-9813-410373f1aaca", "lease", 1)
+
+    def context(self) -> Context:
+        """A message's handling."""
+        return Context("order", self._message, 0.0, None)
+
+    async def begin(self) -> Context:
+        """A handler begins."""
+        context = self.context()
+        await self.limiter.before(context)
+        return context
 
     async def leased(self, pond: Pond, kind: str) -> int:
         for pool in self.limiter._pools:
@@ -189,12 +200,13 @@ async def test_what_did_not_start_and_what_has_ended_is_given_back(world: World)
         limiter.unused(1)
         await world.advance(LINGER)
         assert await here.leased(pond, "concurrency") == 2
-        await limiter.before(here.context)
-        await limiter.before(here.context)
+        first, second = await here.begin(), await here.begin()
         waiting = await world.waiting(Here(pond, Concurrency(2)).limiter.admit(1))
-        limiter.ended(1)
+        await limiter.after(first, None)
         assert await world.soon(waiting) == 1
-        limiter.ended(1)
+        await limiter.error(second, None, Outcome("retry"))
+        await limiter.settled(second, "retry")
+        assert await here.leased(pond, "concurrency") == 1
         await limiter.stop()
 
 
@@ -208,8 +220,7 @@ async def test_of_several_limits_all_or_nothing_is_held(world: World) -> None:
         waiting.cancel()
         await asyncio.wait([waiting])
         assert await here.leased(pond, "concurrency") == 1
-        await here.limiter.before(here.context)
-        here.limiter.ended(1)
+        await here.limiter.after(await here.begin(), None)
         assert await here.leased(pond, "concurrency") == 0
         assert await here.leased(pond, "rate") == 1
         await world.advance(60)
@@ -224,11 +235,10 @@ async def test_a_handler_whose_permit_was_lost_waits_for_another(world: World) -
         here.limiter._waiting[0][0]._held.stop()  # it stood still
         await world.advance(LEASE)
         assert await there.limiter.admit(1) == 1
-        waiting = await world.waiting(here.limiter.before(here.context))
+        waiting = await world.waiting(here.begin())
         there.limiter.unused(1)
         await there.limiter.stop()
-        await world.soon(waiting)
-        here.limiter.ended(1)
+        await here.limiter.after(await world.soon(waiting), None)
         await here.limiter.stop()
         await there.limiter.stop()
 
@@ -240,13 +250,11 @@ async def test_a_handler_that_gets_no_permit_gives_its_message_back_without_a_fa
         here.limiter._waiting[0][0]._held.stop()
         await world.advance(LEASE)
         assert await there.limiter.admit(1) == 1
-        await there.limiter.before(there.context)
-        waiting = await world.waiting(here.limiter.before(here.context))
+        await there.begin()
+        waiting = await world.waiting(here.begin())
         await world.advance(PATIENCE)
         with pytest.raises(Defer):
             await world.soon(waiting)
-        here.limiter.ended(1)
-        there.limiter.ended(1)
         await here.limiter.stop()
         await there.limiter.stop()
 
@@ -255,8 +263,8 @@ async def test_a_handler_whose_payload_did_not_fit_gives_its_permit_back(world: 
     async with world.pond() as pond:
         here = Here(pond, Rate(2, per=60))
         assert await here.limiter.admit(2) == 2
-        await here.limiter.before(here.context)
-        here.limiter.ended(2)  # one of them never began
+        await here.begin()
+        await here.limiter.error(here.context(), ValueError(), Outcome("dead"))  # one of them never began
         assert await here.leased(pond, "rate") == 1
         await here.limiter.stop()
 

@@ -437,6 +437,27 @@ async def test_periodic_jobs_and_limits_run_in_a_worker() -> None:
         assert (await pond.queue("millpond.limit.concurrency.orders").counts()).leased == 0
 
 
+async def test_a_high_rate_holds_to_the_message() -> None:
+    """Handlers that end while others begin: none of them gives back what another one is about to use."""
+    app = connect()
+    begun: list[float] = []
+
+    @app.consumer("orders", gate=app.limit("orders", rate=100, per=60, concurrency=5))
+    async def order(payload: bytes) -> None:
+        begun.append(app.clock.monotonic())
+
+    async with testing.in_memory(app) as pond:
+        await pond.queue("orders").enqueue_many([b"x"] * 450)
+        async with pond.working(["order"]) as worker:
+            for expected in (100, 200, 300, 400):
+                for _ in range(5):
+                    await pond.settle()
+                assert worker.counts()["ack"] == expected
+                await pond.advance(66)
+            assert worker.counts()["defer"] == 0
+    assert all(sum(start <= at < start + 60 for at in begun) <= 100 for start in set(begun))
+
+
 async def test_no_limit_burns_an_attempt() -> None:
     app = connect()
     attempts: list[int] = []
