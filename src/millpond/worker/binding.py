@@ -45,6 +45,8 @@ class Bound:
         self.handler = consumer.handler
         self.asynchronous = is_coroutine_function(self.handler)
         self.run_in: RunIn = consumer.run_in or ("loop" if self.asynchronous else "thread")
+        if inspect.isgeneratorfunction(self.handler) or inspect.isasyncgenfunction(self.handler):
+            raise self._wrong("it is a generator: calling it would do nothing")
         if (self.run_in == "loop") is not self.asynchronous:
             raise self._wrong(
                 f"run_in={self.run_in!r} does not go with it: coroutine functions run on the loop, others in threads "

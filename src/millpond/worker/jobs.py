@@ -27,6 +27,7 @@ class Job:
         "call",
         "context",
         "ends",
+        "entered",
         "handle",
         "message",
         "renew_at",
@@ -47,6 +48,8 @@ class Job:
         self.handle: Message | None = None
         """The message as the renewing thread's own pond knows it."""
         self.task: asyncio.Task[None] | None = None
+        self.entered = False
+        """The task has begun: one that is cancelled before would end without ever having looked."""
         self.call: Call | None = None
         """The handler's call in a thread, while there is one."""
         self.why: Why | None = None
@@ -65,7 +68,7 @@ class Job:
         self.context._cancelled = True
         if self.call is not None:
             self.call.interrupt()
-        elif self.task is not None:
+        elif self.task is not None and self.entered:
             self.task.cancel()
 
 

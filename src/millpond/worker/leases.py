@@ -40,7 +40,7 @@ RETRIES = 12
 FIRST_PAUSE = 1.0
 """Seconds until the renewing thread's pond is opened again, when that failed; often enough for a lease of 30."""
 LAST_WAIT = 5.0
-"""Seconds for which the end of the thread is waited for; it may be amid a call to a store that does not answer."""
+"""Seconds for which the thread is waited for; it may be amid a call to a store that does not answer."""
 
 Lost = Callable[[Job, str], None]
 
@@ -228,7 +228,9 @@ class ThreadRenewals(_Round):
     async def start(self) -> None:
         """Begin; returns when the thread can renew, or has found that it cannot yet."""
         self._thread.start()
-        await self._ready.wait()
+        with contextlib.suppress(TimeoutError):  # it goes on trying; so do claims
+            async with asyncio.timeout(LAST_WAIT):
+                await self._ready.wait()
 
     async def due_now(self) -> None:
         """Nothing: the thread does it."""

@@ -9,6 +9,7 @@ it does. What is running, and what waits for its answer to be stored, are both b
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
@@ -277,11 +278,14 @@ class Line:
     # One message
 
     async def _work(self, job: Job) -> None:
+        job.entered = True
         context = job.context
         error: BaseException | None = None
         unfit = False
         result: Any = None
         try:
+            if job.why is not None:
+                raise asyncio.CancelledError
             if self._processes is not None:
                 result = await self._in_process(job)
             else:
@@ -361,7 +365,12 @@ class Line:
         job.call = call
         try:
             self._threads.start(call)
-            return await call.future
+            result = await call.future
+            if inspect.iscoroutine(result):
+                # A decorator has hidden that it is a coroutine function. Nothing was done, so it must not be acked.
+                result.close()
+                raise InvalidInput("the handler returned a coroutine; register the coroutine function itself")
+            return result
         finally:
             job.call = None
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -85,6 +85,9 @@ class Site:
             await asyncio.sleep(0.001)
 
     async def close(self) -> None:
+        """End what a failed test has left running, so that it fails rather than hangs."""
+        for held in Held.living:
+            held.go.set()
         for worker, task in self._running:
             worker.stop(grace=0)
             worker.stop()
@@ -123,7 +126,10 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> MakeSite:
 class Held:
     """A handler's place to wait in until the test lets it go, in a thread or on a loop."""
 
+    living: ClassVar[list[Held]] = []
+
     def __init__(self) -> None:
+        self.living.append(self)
         self.started: list[Any] = []
         self.ended: list[Any] = []
         self.go = threading.Event()
@@ -150,3 +156,4 @@ def held() -> Any:
     found = Held()
     yield found
     found.go.set()
+    Held.living.remove(found)

@@ -117,6 +117,14 @@ async def _unknown(payload: Nowhere) -> None: ...  # noqa: F821 - that it is not
 def _async_message(payload: bytes, message: Message) -> None: ...
 
 
+def _generator(payload: bytes) -> Any:
+    yield payload
+
+
+async def _asynchronous_generator(payload: bytes) -> Any:
+    yield payload
+
+
 class _Odd:
     pass
 
@@ -132,6 +140,8 @@ class _Odd:
         (lambda payload, message: None, {"type": int}, "parameter 'message' is filled by nothing"),
         (_position, {}, "can only be given by position"),
         (lambda payload: None, {"type": _Odd}, "no payload can be decoded as"),
+        (_generator, {}, "it is a generator"),
+        (_asynchronous_generator, {}, "it is a generator"),
         (_unknown, {}, "its parameters cannot be told"),
     ],
 )
@@ -433,6 +443,22 @@ async def test_what_is_handed_off_is_enqueued_with_the_ack_or_not_at_all(site: M
         assert (await passed.payload(), passed.priority) == (b"from good", 7)
         assert (await s.queue.get(ids[1])).last_error["type"].endswith("InvalidInput")
         assert (await s.queue.get(ids[2])).last_error["type"] == "ValueError"
+
+
+async def test_a_coroutine_that_a_decorator_hides_is_not_acked_unrun(site: MakeSite) -> None:
+    async with site() as s:
+
+        async def hidden(payload: bytes) -> None: ...
+
+        @s.pond.consumer("q", retry=NO_JITTER)
+        def decorated(payload: bytes) -> Any:
+            return hidden(payload)
+
+        receipt = await s.queue.enqueue(b"")
+        worker = s.start()
+        await until(lambda: worker.counts()["retry"] == 1)
+        await s.end(worker)
+        assert "register the coroutine function itself" in (await s.queue.get(receipt.message_id)).last_error["message"]
 
 
 async def test_handlers_run_at_the_same_time_up_to_their_concurrency_and_nothing_is_taken_beyond(

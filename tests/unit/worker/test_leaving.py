@@ -180,6 +180,34 @@ async def test_a_pond_that_is_closed_under_it_ends_the_worker(site: MakeSite) ->
             await s.ended(worker)
 
 
+async def test_a_message_whose_handler_has_not_begun_is_given_back(site: MakeSite) -> None:
+    """A task that is cancelled before its first step never runs; the message must not be forgotten with it."""
+    async with site() as s:
+        seen: list[bytes] = []
+
+        @s.pond.consumer("q")
+        async def handler(payload: bytes) -> None:
+            seen.append(payload)
+
+        worker = s.start()
+        await until(lambda: worker.lines and worker.lines[0].polled is not None)
+        [line] = worker.lines
+        begin = line._begin
+
+        def begin_and_cancel(messages: Any) -> None:
+            begin(messages)
+            line.cancel_all()
+
+        line._begin = begin_and_cancel  # type: ignore[method-assign]
+        receipt = await s.queue.enqueue(b"")
+        await until(lambda: worker.counts()["defer"])
+        line._begin = begin  # type: ignore[method-assign]
+        await s.end(worker)
+        assert receipt.message_id
+        assert not line.held
+        assert not line.running
+
+
 async def test_a_thread_is_told_that_the_worker_leaves(site: MakeSite, held: Held) -> None:
     async with site() as s:
         seen: list[bool] = []
