@@ -169,7 +169,7 @@ class Held:
             self.lost = True
             log.warning("millpond.limit.lost", extra={"limit": self.pool.name, "reason": str(error)})
             return False
-        self.begun_until = self.pool.clock.monotonic() + max(limit.span, START)
+        self.begun_until = self.pool.clock.monotonic() + (limit.span or START)
         return True
 
     def renew(self) -> None:

@@ -110,6 +110,70 @@ async def test_a_high_rate_asks_the_store_for_few_permits_and_still_holds(world:
         assert len(begun) >= 2200
 
 
+async def test_the_rest_of_a_permit_may_be_used_for_a_tenth_of_the_period_and_is_gone_for_a_period_after_that(
+    world: World,
+) -> None:
+    async with world.pond() as one, world.pond() as two:
+        limit = Rate(64, per=10)  # 32 permits, each worth two
+        pool, other = gate(one, limit), gate(two, limit)
+        everything = await pool.acquire(64, 0)
+        assert len(everything) == 64
+        for permit in everything[::2]:
+            assert await permit.use()
+        world.clock.advance(0.9)
+        late = everything[1]
+        assert await late.use()
+        world.clock.advance(0.2)
+        assert not await everything[3].use()
+        for permit in everything:
+            await permit.release()
+        world.clock.advance(9.7)  # 10.8 seconds after the first use, 9.9 after the last
+        assert await other.acquire(1, 0) == []
+        world.clock.advance(0.3)
+        assert len(await other.acquire(64, 0)) == 64
+
+
+async def test_a_renewal_that_is_late_does_not_shorten_a_permit_that_was_used(world: World) -> None:
+    async with world.pond() as one, world.pond() as two:
+        pool = gate(one, Rate(1, per=600))
+        permit = await taken(pool)
+        held = permit._held
+        slow, written = asyncio.Event(), []
+
+        class Slow:
+            """Its first extension is a long time under way."""
+
+            async def extend(self, seconds: float) -> None:
+                if seconds == LEASE:
+                    await slow.wait()
+                await message.extend(seconds)
+                written.append(seconds)
+
+        message, held.message = held.message, Slow()  # type: ignore[assignment]
+        renewal = await world.waiting(held._extend())
+        using = await world.waiting(permit.use())
+        slow.set()
+        assert await world.soon(using)
+        await world.soon(renewal)
+        assert written == [LEASE, 600]
+        await world.advance(LEASE * 2)
+        assert await gate(two, Rate(1, per=600)).acquire(1, 0) == []
+
+
+async def test_what_is_left_of_a_permit_goes_to_the_next_message(world: World) -> None:
+    async with world.pond() as pond:
+        pool = gate(pond, Rate(64, per=10))
+        first, second = await pool.acquire(2, 0)
+        assert await first.use()
+        await second.release()  # there was no second message
+        [again] = await pool.acquire(1, 0)
+        assert again._held is first._held
+        assert (await pond.queue(pool.name).counts()).leased == 1
+        assert await again.use()
+        [other] = await pool.acquire(1, 0)
+        assert other._held is not first._held
+
+
 async def test_a_permit_that_was_not_used_is_given_back_at_once(world: World) -> None:
     async with world.pond() as one, world.pond() as two:
         permit = await taken(gate(one, Rate(1, per=60)))

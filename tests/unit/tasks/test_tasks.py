@@ -166,8 +166,9 @@ async def test_a_result_made_by_another_process_is_found_by_looking() -> None:
 
     async with testing.in_memory(app) as pond:
         handle = await f.send()
-        waiting = asyncio.create_task(handle.result(timeout=10))
-        await pond.settle()
+        waiting = asyncio.create_task(handle.result(timeout=100))
+        for _ in range(20):
+            await pond.advance(1)
         message = (await pond.queue("tasks.f").receive())[0]
         await message.ack(then=[(RESULTS, millpond.json("done elsewhere"), {"message_id": message.id, "ttl": 60})])
         await pond.settle()
