@@ -92,8 +92,9 @@ class Site:
             worker.stop(grace=0)
             worker.stop()
             task.cancel()
-        for _, task in self._running:
-            await asyncio.wait((task,))
+        while not all(task.done() for _, task in self._running):
+            self.pond.manual_clock.advance(1)
+            await asyncio.sleep(0.001)
 
 
 MakeSite = Callable[..., Any]

@@ -204,6 +204,32 @@ async def test_in_one_loop_a_handler_that_blocked_it_keeps_its_message(site: Mak
         assert seen == [1, 1]
 
 
+async def test_what_is_overdue_is_renewed_before_more_is_taken(site: MakeSite, held: Held) -> None:
+    """Also when the turn of the taking task comes before that of the renewing one."""
+    async with site() as s:
+        seen: list[bytes] = []
+
+        @s.pond.consumer("q", visibility=30.0, concurrency=2)
+        async def handler(payload: bytes) -> None:
+            seen.append(payload)
+            if payload == b"stays":
+                await held.wait()
+            else:
+                await until(lambda: len(seen) == 2)
+                worker.lines[0]._renewals._task.cancel()  # type: ignore[attr-defined]
+                s.pond.manual_clock.advance(31)
+
+        await s.queue.enqueue_many([b"stays", b"blocks"])
+        worker = s.start()
+        await until(lambda: worker.counts()["ack"] == 1)
+        await s.settle()
+        assert seen == [b"stays", b"blocks"]
+        held.go.set()
+        await s.empty()
+        await s.end(worker)
+        assert worker.counts()["lost"] == 0
+
+
 # Time limits
 
 
