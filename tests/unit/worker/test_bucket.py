@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from tests.unit.worker.conftest import Held, Site, until
+from tests.unit.worker.conftest import Busy, Held, Site, until
 
 from millpond import Context, MessageState, RetryPolicy, testing
 from millpond.model.clock import ManualClock
-from millpond.stores.base import Store
 from millpond.stores.faulty import Call, Fault, FaultyStore, fail_before
 from millpond.stores.objects.memory_bucket import MemoryBucket
 from millpond.stores.objects.store import ObjectStore
@@ -22,7 +21,7 @@ from millpond.stores.objects.store import ObjectStore
 async def bucket(plan: Any = None) -> AsyncIterator[Site]:
     """A pond on a bucket in memory."""
     clock = ManualClock()
-    store: Store = ObjectStore(MemoryBucket(clock=clock), clock=clock, measure_skew=False)
+    store: Any = Busy(ObjectStore(MemoryBucket(clock=clock), clock=clock, measure_skew=False))
     if plan is not None:
         store = FaultyStore(store, plan)
     async with testing.pond(store=store, clock=clock) as pond:

@@ -61,6 +61,30 @@ async def test_without_a_length_of_its_own_the_lease_is_renewed_by_the_messages(
         await s.end(worker)
 
 
+async def test_a_handler_that_answered_by_itself_and_goes_on_is_not_renewed(site: MakeSite, held: Held) -> None:
+    """It once kept whoever renews busy: due, and never renewed."""
+    async with site() as s:
+        seen: list[bytes] = []
+
+        @s.pond.consumer("q", visibility=30.0)
+        async def handler(payload: bytes, message: Message) -> None:
+            seen.append(payload)
+            if payload == b"early":
+                await message.ack()
+                await held.wait()
+
+        await s.queue.enqueue(b"early")
+        worker = s.start()
+        await until(lambda: held.started)
+        await s.pass_(60, steps=6)
+        await s.queue.enqueue(b"next")
+        await until(lambda: seen == [b"early", b"next"])
+        held.go.set()
+        await until(lambda: worker.counts()["answered"] == 1)
+        await s.end(worker)
+        assert worker.counts()["lost"] == 0
+
+
 async def test_a_lost_lease_cancels_a_coroutine_and_is_not_acked(site: MakeSite, held: Held) -> None:
     ends: list[str] = []
     async with site() as s:
