@@ -37,14 +37,22 @@ BASES: dict[str, list[tuple[type, ModuleType]]] = {"PondCalls": [(registry.Regis
 ATTRIBUTES = {
     "SyncMessageView": {"state": "str"},
     "SyncQueue": {"name": "str", "namespace": "str", "dead_letters": "SyncDeadLetters"},
-    "PondCalls": {"config": "Config", "clock": "Clock"},
+    "PondCalls": {
+        "config": "Config",
+        "clock": "Clock",
+        "consumers": "dict[str, Consumer]",
+        "middleware": "builtins.list[Middleware]",
+        "services": "builtins.list[Service]",
+    },
 }
 """Attributes that are set in ``__init__``, where no annotation says their type."""
 
 OWN = {"PondCalls": {"open", "close"}}
 """What the synchronous class defines itself."""
 
-HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher", "twin", "register"}}
+HIDDEN = {
+    "PondCalls": {"store", "ids", "service", "dispatcher", "twin", "register", "consumers", "middleware", "services"}
+}
 """What is of use on the pond's own event loop only, and so is not offered."""
 
 IMPORTS = """\
@@ -62,8 +70,8 @@ from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
-from millpond.worker.hooks import Gate, Middleware
-from millpond.worker.registry import RunIn
+from millpond.worker.hooks import Gate, Middleware, Service
+from millpond.worker.registry import Consumer, RunIn
 from millpond.worker.retries import RetryPolicy
 
 T = TypeVar("T")

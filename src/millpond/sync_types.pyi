@@ -16,8 +16,8 @@ from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
-from millpond.worker.hooks import Gate, Middleware
-from millpond.worker.registry import RunIn
+from millpond.worker.hooks import Gate, Middleware, Service
+from millpond.worker.registry import Consumer, RunIn
 from millpond.worker.retries import RetryPolicy
 
 T = TypeVar("T")
@@ -394,6 +394,9 @@ class PondCalls:
 
     config: Config
     clock: Clock
+    consumers: dict[str, Consumer]
+    middleware: builtins.list[Middleware]
+    services: builtins.list[Service]
 
     @property
     def is_open(self) -> bool:
