@@ -44,14 +44,22 @@ ATTRIBUTES = {
     "SyncTaskHandle": {"id": "str", "duplicate": "bool"},
     "SyncMessageView": {"state": "str"},
     "SyncQueue": {"name": "str", "namespace": "str", "dead_letters": "SyncDeadLetters"},
-    "PondCalls": {"config": "Config", "clock": "Clock"},
+    "PondCalls": {
+        "config": "Config",
+        "clock": "Clock",
+        "consumers": "dict[str, Consumer]",
+        "middleware": "builtins.list[Middleware]",
+        "services": "builtins.list[Service]",
+    },
 }
 """Attributes that are set in ``__init__``, where no annotation says their type."""
 
 OWN = {"PondCalls": {"open", "close"}}
 """What the synchronous class defines itself."""
 
-HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher", "twin", "register"}}
+HIDDEN = {
+    "PondCalls": {"store", "ids", "service", "dispatcher", "twin", "register", "consumers", "middleware", "services"}
+}
 """What is of use on the pond's own event loop only, and so is not offered."""
 
 IMPORTS = """\
@@ -70,10 +78,10 @@ from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePo
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
 from millpond.worker.catalog import TaskDecorator
-from millpond.worker.hooks import Gate, Middleware
+from millpond.worker.hooks import Gate, Middleware, Service
 from millpond.worker.limits import Limiter
 from millpond.worker.periodic import CatchUp
-from millpond.worker.registry import RunIn
+from millpond.worker.registry import Consumer, RunIn
 from millpond.worker.retries import RetryPolicy
 from millpond.worker.tasks import Call, CoroutineTask, FunctionTask, SendFields, State
 

@@ -135,6 +135,9 @@ def _no_more(url: str, query: dict[str, str]) -> None:
 class Pond(Catalog):
     """A connection to a store. Use as ``async with``; safe for any number of tasks of its event loop."""
 
+    _twin: Callable[[], Pond] | None = None
+    """Makes another on the same store; set by whoever knows how this one was made."""
+
     def __init__(
         self,
         store: Store,
@@ -144,7 +147,6 @@ class Pond(Catalog):
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         """For a store of one's own; otherwise see `millpond.connect`."""
-        super().__init__()
         self.clock = clock or SystemClock()
         if store.capabilities.reach is Reach.NETWORK:
             # Others whose clocks are not this machine's go by the same leases and due times.
@@ -176,7 +178,6 @@ class Pond(Catalog):
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
         self._requests_before = snapshot({}, {})
-        self._twin: Callable[[], Pond] | None = None
 
     @property
     def is_open(self) -> bool:

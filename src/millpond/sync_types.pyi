@@ -17,10 +17,10 @@ from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePo
 from millpond.service.ready import Record
 from millpond.stores.base import Problem, QueueName
 from millpond.worker.catalog import TaskDecorator
-from millpond.worker.hooks import Gate, Middleware
+from millpond.worker.hooks import Gate, Middleware, Service
 from millpond.worker.limits import Limiter
 from millpond.worker.periodic import CatchUp
-from millpond.worker.registry import RunIn
+from millpond.worker.registry import Consumer, RunIn
 from millpond.worker.retries import RetryPolicy
 from millpond.worker.tasks import Call, CoroutineTask, FunctionTask, SendFields, State
 
@@ -423,6 +423,9 @@ class PondCalls:
 
     config: Config
     clock: Clock
+    consumers: dict[str, Consumer]
+    middleware: builtins.list[Middleware]
+    services: builtins.list[Service]
 
     @property
     def is_open(self) -> bool:
@@ -520,6 +523,7 @@ class PondCalls:
         visibility: float | None = ...,
         retry: RetryPolicy | None = ...,
         time_limit: float | None = ...,
+        run_in: RunIn | None = ...,
         middleware: Sequence[Middleware] = ...,
         gate: Gate | None = ...,
         **options: Unpack[SendFields],

@@ -169,5 +169,6 @@ async def in_memory(
         async with view:
             yield view
     finally:
+        kept |= {name: state[name] for name in REGISTERED & state.keys()}
         state.clear()
         state.update(kept)

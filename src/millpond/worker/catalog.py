@@ -66,6 +66,7 @@ class Catalog(Registrations):
         visibility: float | None = ...,
         retry: RetryPolicy | None = ...,
         time_limit: float | None = ...,
+        run_in: RunIn | None = ...,
         middleware: Sequence[Middleware] = ...,
         gate: Gate | None = ...,
         **options: Unpack[SendFields],
@@ -82,6 +83,7 @@ class Catalog(Registrations):
         visibility: float | None = None,
         retry: RetryPolicy | None = None,
         time_limit: float | None = None,
+        run_in: RunIn | None = None,
         middleware: Sequence[Middleware] = (),
         gate: Gate | None = None,
         **options: Any,
@@ -91,12 +93,13 @@ class Catalog(Registrations):
         It can be called as before; ``await f.send(…)`` with the same arguments has a worker run it, and
         ``f.options(delay=…, priority=…, unique=…, keep_result=…).send(…)`` says how. ``name`` (default the function's)
         and ``queue`` (default ``tasks.`` and the name) are part of what other processes know the task by.
-        ``options``: what every call is sent with unless it says otherwise. The rest as for `consumer`. Raises
-        InvalidInput."""
-        from millpond.worker.tasks import Around, CoroutineTask, FunctionTask, Waiters
+        ``run_in="process"``: for a function that burns CPU; it has no `current_task`. ``options``: what every call is
+        sent with unless it says otherwise. The rest as for `consumer`. Raises InvalidInput."""
+        from millpond.worker.tasks import Around, AroundProcess, CoroutineTask, FunctionTask, Waiters
 
         def make(function: Callable[..., Any]) -> Task[..., Any]:
             called = name or str(getattr(function, "__name__", "task"))
+            processes = run_in == "process"
             waiters = self.__dict__.setdefault("_waiters", Waiters())
             kind = CoroutineTask if inspect.iscoroutinefunction(function) else FunctionTask
             task: Task[..., Any] = kind(
@@ -113,12 +116,13 @@ class Catalog(Registrations):
                     name=called,
                     queue=task.queue.name,
                     namespace=namespace,
-                    handler=task.handler(),
+                    handler=task.in_process if processes else task.handler(),
                     concurrency=concurrency,
                     visibility=visibility,
                     retry=RetryPolicy() if retry is None else retry,
                     time_limit=time_limit,
-                    middleware=(Around(waiters), *middleware),
+                    run_in=run_in,
+                    middleware=((AroundProcess if processes else Around)(waiters), *middleware),
                     gate=gate,
                 )
             )

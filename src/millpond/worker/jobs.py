@@ -60,6 +60,11 @@ class Job:
         self.abandoned = False
         """The handler did not end when it was cancelled, and was answered for without it."""
 
+    @property
+    def wants_lease(self) -> bool:
+        """Its lease is to be renewed."""
+        return self.why != "lost" and not self.answered
+
     def cancel(self, why: Why) -> None:
         """Have the handler end. The first reason counts."""
         if self.why is not None:

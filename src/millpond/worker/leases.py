@@ -96,11 +96,11 @@ class _Round:
         now = self._clock.monotonic()
         due: defaultdict[tuple[str, str, float], list[Job]] = defaultdict(list)
         for job in self._held():
-            if job.renew_at <= now and job.why != "lost" and not job.answered:
+            if job.renew_at <= now and job.wants_lease:
                 due[job.message.namespace, job.message.queue, job.span].append(job)
         for (namespace, queue, span), jobs in due.items():
             await self._extend(pond.queue(queue, namespace=namespace), span, jobs, by_handle)
-        return min((job.renew_at for job in self._held() if job.why != "lost"), default=math.inf)
+        return min((job.renew_at for job in self._held() if job.wants_lease), default=math.inf)
 
     async def _extend(self, queue: Queue, span: float, jobs: list[Job], by_handle: bool) -> None:
         asked = self._clock.monotonic()
@@ -285,7 +285,7 @@ class ThreadRenewals(_Round):
     def _cannot_open(self, error: MillpondError) -> float:
         now = self._clock.monotonic()
         for job in self._held():
-            if job.renew_at <= now and job.why != "lost" and not job.answered:
+            if job.renew_at <= now and job.wants_lease:
                 self._failed(job, now, error)
         return now + FIRST_PAUSE
 

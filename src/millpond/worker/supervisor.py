@@ -34,6 +34,10 @@ LIFELINE = "MILLPOND_LIFELINE"
 """Environment variable that names the descriptor of the pipe from the supervisor; the command line reads it."""
 
 
+ENDED = frozenset({0, *(code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number))})
+"""Exit codes of a process that did as it was told. By the signal itself: it had not begun, and so had taken nothing."""
+
+
 @dataclass
 class Place:
     """One of the processes that are to run."""
@@ -140,7 +144,7 @@ class Supervisor:
             return
         place.process = None
         if leaving:
-            self._unclean = self._unclean or code != 0
+            self._unclean = self._unclean or code not in ENDED
             return
         if place.asked is not None:  # for a reload
             place.start_at = now

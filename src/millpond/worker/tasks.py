@@ -472,6 +472,17 @@ class Task(Sender[P, R]):
         self.waiters = waiters
         self.signature = Signature(function)
         update_wrapper(self, function)
+        self.in_process = self._in_process()
+        """What a process that only runs this task's calls runs for one. It finds it as ``function.in_process``."""
+
+    def _in_process(self) -> Callable[[bytes], bytes]:
+        def in_process(payload: bytes) -> bytes:
+            bound = self.arguments(payload)
+            return self.encode_result(self.function(*bound.args, **bound.kwargs))
+
+        in_process.__module__ = self.function.__module__
+        in_process.__qualname__ = f"{self.function.__qualname__}.in_process"
+        return in_process
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
@@ -507,35 +518,53 @@ class Task(Sender[P, R]):
         raise NotImplementedError
 
     def begin(self, payload: bytes, context: Context) -> inspect.BoundArguments:
-        """The arguments of a call that is run now. Raises GiveUp."""
-        try:
-            bound = self.signature.decode(payload)
-        except InvalidInput as error:
-            raise GiveUp(f"bad_arguments: {error}") from error
+        """The arguments of a call that is run here and now. Raises GiveUp."""
+        bound = self.arguments(payload)
         _current.set(TaskRun(context, context.values.get(LOOP)))
         return bound
 
-    @staticmethod
-    def end(context: Context, result: Any) -> None:
-        """Keep the result, if it was asked for. Raises GiveUp."""
-        keep = context.message.attributes.get(KEEP)
-        if not isinstance(keep, (int, float)):
-            return
+    def arguments(self, payload: bytes) -> inspect.BoundArguments:
+        """The arguments of a call. Raises GiveUp."""
         try:
-            data = _json.encode(result)
+            return self.signature.decode(payload)
+        except InvalidInput as error:
+            raise GiveUp(f"bad_arguments: {error}") from error
+
+    @staticmethod
+    def encode_result(result: Any) -> bytes:
+        """A result as it is kept. Raises GiveUp."""
+        try:
+            return _json.encode(result)
         except _UNENCODABLE as error:
             # It would fail again, and its work is done: no retry mends that.
             raise GiveUp(f"bad_result: {error}") from error
+
+    def end(self, context: Context, result: Any) -> None:
+        """Keep the result, if it was asked for. Raises GiveUp."""
+        if _kept(context) is not None:
+            keep_result(context, self.encode_result(result))
+
+    def __repr__(self) -> str:
+        return f"<Task {self.name}>"
+
+
+def _kept(context: Context) -> float | None:
+    """For how many seconds a call's result is to be kept."""
+    keep = context.message.attributes.get(KEEP)
+    return float(keep) if isinstance(keep, (int, float)) else None
+
+
+def keep_result(context: Context, data: bytes) -> None:
+    """Have a result stored in the commit that acks its call, if it was asked for."""
+    keep = _kept(context)
+    if keep is not None:
         context.hand_off(
             RESULTS,
             Payload(data, JSON),
             namespace=context.message.namespace,
             message_id=context.message.id,
-            ttl=float(keep),
+            ttl=keep,
         )
-
-    def __repr__(self) -> str:
-        return f"<Task {self.name}>"
 
 
 class FunctionTask(Task[P, R]):
@@ -586,3 +615,11 @@ class Around(Middleware):
     async def settled(self, context: Context, kind: str) -> None:
         """A run is over."""
         self._waiters.over(context.message.id)
+
+
+class AroundProcess(Around):
+    """As `Around`, for a task whose calls run in processes of their own: they give the result back, encoded."""
+
+    async def after(self, context: Context, result: Any) -> None:
+        """A run has returned."""
+        keep_result(context, result)

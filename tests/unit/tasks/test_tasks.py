@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import os
 import threading
 from dataclasses import dataclass
 from datetime import datetime
@@ -516,3 +518,25 @@ def test_synchronous_code_sends_and_waits(tmp_path: Path) -> None:
         stop[0]()
         thread.join(30)
     assert not thread.is_alive()
+
+
+async def test_tasks_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As an application's module: by a name that a process can import.
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    app = importlib.import_module("cpu_tasks")
+    async with testing.in_memory(app.pond) as pond:
+        handle = await app.square.send(7, tag=UUID(int=1))
+        wrong = await app.square.send(-7)
+        odd = await app.nothing.send()
+        await pond.queue("tasks.square").enqueue(b'{"number": "seven"}')
+        counts = await pond.work()
+        assert (counts["ack"], counts["dead"]) == (1, 2)
+        value, process = await handle.result()
+        assert value == 49
+        assert process != os.getpid()
+        with pytest.raises(TaskFailed, match="less than nothing"):
+            await wrong.result()
+        with pytest.raises(TaskFailed, match="bad_result"):
+            await odd.result()
+        reasons = [letter.dead_reason for letter in await pond.queue("tasks.square").dead_letters.list()]
+        assert any("bad_arguments" in str(reason) for reason in reasons)

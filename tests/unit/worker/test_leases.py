@@ -61,6 +61,30 @@ async def test_without_a_length_of_its_own_the_lease_is_renewed_by_the_messages(
         await s.end(worker)
 
 
+async def test_a_handler_that_answered_by_itself_and_goes_on_is_not_renewed(site: MakeSite, held: Held) -> None:
+    """It once kept whoever renews busy: due, and never renewed."""
+    async with site() as s:
+        seen: list[bytes] = []
+
+        @s.pond.consumer("q", visibility=30.0)
+        async def handler(payload: bytes, message: Message) -> None:
+            seen.append(payload)
+            if payload == b"early":
+                await message.ack()
+                await held.wait()
+
+        await s.queue.enqueue(b"early")
+        worker = s.start()
+        await until(lambda: held.started)
+        await s.pass_(60, steps=6)
+        await s.queue.enqueue(b"next")
+        await until(lambda: seen == [b"early", b"next"])
+        held.go.set()
+        await until(lambda: worker.counts()["answered"] == 1)
+        await s.end(worker)
+        assert worker.counts()["lost"] == 0
+
+
 async def test_a_lost_lease_cancels_a_coroutine_and_is_not_acked(site: MakeSite, held: Held) -> None:
     ends: list[str] = []
     async with site() as s:
@@ -202,6 +226,32 @@ async def test_in_one_loop_a_handler_that_blocked_it_keeps_its_message(site: Mak
         await s.empty()
         await s.end(worker)
         assert seen == [1, 1]
+
+
+async def test_what_is_overdue_is_renewed_before_more_is_taken(site: MakeSite, held: Held) -> None:
+    """Also when the turn of the taking task comes before that of the renewing one."""
+    async with site() as s:
+        seen: list[bytes] = []
+
+        @s.pond.consumer("q", visibility=30.0, concurrency=2)
+        async def handler(payload: bytes) -> None:
+            seen.append(payload)
+            if payload == b"stays":
+                await held.wait()
+            else:
+                await until(lambda: len(seen) == 2)
+                worker.lines[0]._renewals._task.cancel()  # type: ignore[attr-defined]
+                s.pond.manual_clock.advance(31)
+
+        await s.queue.enqueue_many([b"stays", b"blocks"])
+        worker = s.start()
+        await until(lambda: worker.counts()["ack"] == 1)
+        await s.settle()
+        assert seen == [b"stays", b"blocks"]
+        held.go.set()
+        await s.empty()
+        await s.end(worker)
+        assert worker.counts()["lost"] == 0
 
 
 # Time limits

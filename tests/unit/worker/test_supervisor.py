@@ -135,7 +135,14 @@ def test_a_reload_ends_all_and_starts_them_at_once(made: list[Process]) -> None:
 
 @pytest.mark.parametrize(
     ("codes", "signals", "expected"),
-    [((0,), [15], 0), ((1,), [15], 1), ((143,), [15, 15], 143), ((130,), [2, 2], 130)],
+    [
+        ((0,), [15], 0),
+        ((1,), [15], 1),
+        ((-9,), [15], 1),
+        ((-15,), [15], 0),
+        ((143,), [15, 15], 143),
+        ((130,), [2, 2], 130),
+    ],
 )
 def test_the_exit_code_says_how_it_ended(
     made: list[Process], tmp_path: Path, codes: tuple[int, ...], signals: list[int], expected: int
