@@ -40,7 +40,7 @@ STILL = 3
 HANG = 30.0
 """Real seconds after which a handler in a thread or a process has hung. Nothing waits for it; it ends what never
 would."""
-REGISTERED = frozenset({"consumers", "middleware", "services"})
+REGISTERED = frozenset({"consumers", "middleware", "services", "_waiters"})
 """What of a pond is no connection: it stays when `in_memory` puts another store behind it."""
 
 
@@ -162,6 +162,8 @@ async def in_memory(
     temporary = pond(clock=clock, config=config or registered.config, seed=seed)
     # Two objects, one state: what the application holds works on memory now, and the test has the means to move time.
     state = registered.__dict__
+    for name in state.keys() - REGISTERED:
+        del state[name]  # the way to another connection to its store, say
     state.update({name: value for name, value in temporary.__dict__.items() if name not in REGISTERED})
     view = object.__new__(TestPond)
     view.__dict__ = state

@@ -103,7 +103,7 @@ def desk(tmp_path: Path) -> Desk:
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import an example into this process, for a test on memory."""
-    monkeypatch.setenv("MILLPOND_STORE", f"sqlite:///{tmp_path}/never-made.db")
+    monkeypatch.setenv("MILLPOND_STORE", f"sqlite:///{tmp_path}/no-such-folder/never-made.db")
     monkeypatch.setenv("SALES", str(tmp_path / "sales.csv"))
     monkeypatch.setenv("REPORTS", str(tmp_path / "reports"))
     monkeypatch.setenv("TOTALS", str(tmp_path / "totals.db"))
