@@ -44,6 +44,15 @@ async def held(text: str):
         await asyncio.sleep(0.01)
     mark("finished", text)
 
+@pond.consumer("stubborn")
+async def stubborn(text: str):
+    mark("started", text)
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            pass
+
 @pond.consumer("deadly", retry=millpond.RetryPolicy(base=0.0), visibility=0.5)
 async def deadly(text: str):
     mark("deadly", text)
@@ -181,6 +190,18 @@ def test_one_signal_lets_handlers_end_and_two_give_back(workers: Workers, pond: 
     workers.end(process, 0, by=None)
     assert empty(pond, "held")
     assert "Traceback" not in workers.log()
+
+
+def test_a_handler_that_refuses_to_be_cancelled_does_not_keep_the_process(
+    workers: Workers, pond: millpond.SyncPond
+) -> None:
+    receipt = pond.queue("stubborn").enqueue(b"1")
+    process = workers.start("--grace", "0.1")
+    workers.until(lambda: workers.lines("started"))
+    workers.end(process, 0)
+    view = pond.queue("stubborn").get(receipt.message_id)
+    assert (view.state, view.failures) == ("ready", 0)
+    assert "millpond.worker.handler_stuck" in workers.log()
 
 
 def test_processes_share_the_work_and_are_probed_and_restarted(workers: Workers, pond: millpond.SyncPond) -> None:

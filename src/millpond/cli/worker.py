@@ -135,6 +135,8 @@ def load_pond(target: str) -> Pond:
     if not isinstance(found, Pond):
         what = "nothing" if found is None else f"a {type(found).__name__}"
         raise click.UsageError(f"{target!r}: {name} is {what}, not a pond; name one as MODULE:POND")
+    if found.is_open:
+        raise click.UsageError(f"{target!r}: {module_name} opens its pond; the worker does that, on a loop of its own")
     return found
 
 

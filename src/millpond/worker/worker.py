@@ -52,6 +52,9 @@ class Worker:
         """``consumers``: which of the pond's, by name, or others; default all of them. ``middleware``: outside of the
         pond's. ``services``: default the pond's. ``owner``: the holder of the leases, as operators see it; default host
         and process. ``grace``: seconds that handlers have to end when it stops. Raises InvalidInput."""
+        given: Any = pond
+        if not isinstance(given, Pond):
+            raise InvalidInput(f"a worker runs on a pond from millpond.connect(url), not on a {type(given).__name__}")
         self.pond = pond
         chosen: list[Consumer] = []
         for each in pond.consumers.values() if consumers is None else consumers:

@@ -41,6 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("pond = 3", "hf_module", "pond is a int, not a pond"),
         ("pond = 3", "hf_module:a.b", "a.b is nothing"),
         ("import millpond\npond = millpond.connect('memory://')", "hf_module:pond", "there is nothing to run"),
+        ("import millpond\npond = millpond.connect_sync('memory://').open()", "hf_module", "opens its pond"),
         (
             "import millpond\npond = millpond.connect('memory://')\n@pond.consumer('q')\ndef f(a, b): ...",
             "hf_module",

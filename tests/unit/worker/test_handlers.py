@@ -32,6 +32,7 @@ from millpond import (
     SyncQueue,
 )
 from millpond.service.payloads import Payload
+from millpond.stores.faulty import Call, Fault, fail_before
 from millpond.worker.binding import Bound, Unfit, decoder
 
 NO_JITTER = RetryPolicy(base=10.0, jitter=0.0)
@@ -291,6 +292,49 @@ async def test_a_large_payload_is_read_for_the_handler(site: MakeSite) -> None:
         assert got == [True]
 
 
+async def test_an_outage_while_a_large_payload_is_read_is_no_failure(site: MakeSite) -> None:
+    calls: list[Call] = []
+
+    def plan(call: Call) -> Fault | None:
+        if call.method == "read_blob":
+            calls.append(call)
+            return fail_before() if len(calls) < 4 else None
+        return None
+
+    async with site(plan=plan) as s:
+        got: list[int] = []
+
+        @s.pond.consumer("q", visibility=60.0)
+        async def handler(payload: bytes, message: Message) -> None:
+            got.append(len(payload) + message.failures)
+
+        await s.queue.enqueue(b"x" * 3_000_000)
+        worker = s.start()
+        await until(lambda: calls)
+        await s.pass_(20, steps=20)
+        await s.empty()
+        await s.end(worker)
+        assert (got, len(calls)) == ([3_000_000], 4)
+
+
+async def test_small_limits_of_errors_are_kept_to(site: MakeSite) -> None:
+    async with site(config=millpond.Config(max_error_bytes=100)) as s:
+
+        @s.pond.consumer("q", retry=NO_JITTER)
+        async def handler(what: str) -> None:
+            if what == "give up":
+                raise GiveUp("é" * 1000)
+            raise ValueError("long " * 1000)
+
+        dead = await s.queue.enqueue(b"give up")
+        failed = await s.queue.enqueue(b"fail")
+        worker = s.start()
+        await until(lambda: worker.counts()["dead"] == worker.counts()["retry"] == 1)
+        await s.end(worker)
+        assert (await s.queue.get(dead.message_id)).dead_reason == "é" * 12
+        assert (await s.queue.get(failed.message_id)).last_error is None
+
+
 async def test_a_failure_is_kept_with_type_text_and_a_traceback_of_the_handler_alone(site: MakeSite) -> None:
     async with site() as s:
 
@@ -521,6 +565,8 @@ async def test_only_chosen_consumers_run(site: MakeSite) -> None:
 def test_a_worker_without_work_is_refused() -> None:
     with pytest.raises(InvalidInput, match="nothing to run"):
         millpond.Worker(millpond.connect("memory://"))
+    with pytest.raises(InvalidInput, match="not on a SyncPond"):
+        millpond.Worker(millpond.connect_sync("memory://"))  # type: ignore[arg-type]
 
 
 def test_the_backoff_grows_to_its_limit_and_is_spread() -> None:

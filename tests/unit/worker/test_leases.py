@@ -13,7 +13,7 @@ import pytest
 from tests.unit.worker.conftest import BOUND, Held, MakeSite, Site, until
 
 import millpond
-from millpond import Context, Message, RetryPolicy
+from millpond import Context, Message, RetryPolicy, StoreError
 from millpond.stores.faulty import Call, Fault, fail_before
 from millpond.worker.line import UNWIND
 from millpond.worker.worker import Worker
@@ -459,6 +459,49 @@ async def test_the_thread_that_finds_a_lease_lost_has_the_handler_cancelled(tmp_
         await task
         assert (worker.counts()["lost"], worker.counts()["ack"]) == (1, 0)
         assert (await pond.queue("q").counts()).delayed == 1
+
+
+class Refusing:
+    """A pond that does not open."""
+
+    def __init__(self, error: Exception, tries: list[int]) -> None:
+        self._error = error
+        self._tries = tries
+
+    async def open(self) -> None:
+        self._tries.append(1)
+        raise self._error
+
+
+async def test_a_lease_that_no_second_pond_can_renew_is_given_up_when_it_ends(tmp_path: Path) -> None:
+    tries: list[int] = []
+    ends: list[str] = []
+    async with millpond.connect(f"sqlite:///{tmp_path}/pond.db") as pond:
+        pond._twin = lambda: Refusing(StoreError("not now"), tries)  # type: ignore[assignment,return-value]
+
+        @pond.consumer("q", visibility=0.4)
+        async def handler(payload: bytes) -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                ends.append("cancelled")
+                raise
+
+        await pond.queue("q").enqueue(b"", max_attempts=1)
+        worker = Worker(pond)
+        task = asyncio.create_task(worker.run())
+        await until(lambda: ends)
+        assert (worker.counts()["lost"], len(tries) > 1) == (1, True)
+        worker.stop()
+        await task
+
+
+async def test_a_worker_that_can_renew_nothing_any_more_ends_with_the_reason(tmp_path: Path) -> None:
+    async with millpond.connect(f"sqlite:///{tmp_path}/pond.db") as pond:
+        pond._twin = lambda: Refusing(RuntimeError("a defect"), [])  # type: ignore[assignment,return-value]
+        pond.consumer("q")(lambda payload: None)
+        with pytest.raises(RuntimeError, match="a defect"):
+            await Worker(pond).run()
 
 
 async def test_the_renewing_thread_ends_with_its_worker(tmp_path: Path) -> None:
