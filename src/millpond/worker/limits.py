@@ -23,7 +23,7 @@ from collections.abc import Coroutine, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from millpond.errors import InvalidInput, LeaseLost, MillpondError
+from millpond.errors import InvalidInput, LeaseLost, MillpondError, StoreClosed, StoreMismatch
 from millpond.message import Message
 from millpond.model.names import queue_name
 from millpond.worker.hooks import Context, Middleware
@@ -50,6 +50,11 @@ START = 0.05
 """Seconds within which a message is begun after its permit was marked as used: the way from there to here."""
 SPAN = 0.1
 """Of a period: for so long what a permit is worth may be used after its first use."""
+FIRST_PAUSE = 0.2
+LONGEST_PAUSE = 15.0
+"""Seconds between tries while the store is away."""
+FATAL = (StoreClosed, StoreMismatch, InvalidInput)
+"""What no waiting cures."""
 MOST = 1000
 """Permits of a concurrency limit at most: each is a message."""
 LONGEST = 86_400.0
@@ -315,6 +320,7 @@ class Limiter(Middleware):
     def __init__(self, source: Source, name: str, limits: Sequence[Limit], *, namespace: str | None = None) -> None:
         if not limits:
             raise InvalidInput("a limit needs concurrency=… or rate=…, or both")
+        self._name = name
         # In one order everywhere, so that two workers never wait for what the other holds.
         self._pools = [
             Permits(source, name, limit, namespace=namespace) for limit in sorted(limits, key=lambda one: one.kind)
@@ -356,10 +362,32 @@ class Limiter(Middleware):
         """Wait until at least one handler may start; how many may."""
         rows = self._spare[:wanted]
         del self._spare[:wanted]
+        troubles = 0
         while not rows:
-            rows = await self.acquire(wanted, PATIENCE)
+            try:
+                rows = await self.acquire(wanted, PATIENCE)
+            except FATAL:
+                raise
+            except MillpondError as error:
+                # An outage of the store is waited out, here as by the worker that waits for this.
+                seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(troubles, 20))
+                troubles += 1
+                self._told(error, seconds)
+                await self._pause(seconds)
         self._waiting += rows
         return len(rows)
+
+    def _told(self, error: MillpondError, pause: float) -> None:
+        reason = f"{error} [{error.code}]"
+        log.warning("millpond.limit.failed", extra={"limit": self._name, "reason": reason, "pause": pause})
+
+    async def _pause(self, seconds: float) -> None:
+        over = asyncio.Event()
+        timer = self._source.clock.call_later(seconds, over.set)
+        try:
+            await over.wait()
+        finally:
+            timer.cancel()
 
     def unused(self, count: int) -> None:
         """So many did not start."""
@@ -382,7 +410,7 @@ class Limiter(Middleware):
         """A handler begins, as soon as it may. Its permit may have been lost while it waited for a message, or be the
         rest of one whose time is over; then it waits for another, and the lease of its message is renewed meanwhile."""
         context.values[self] = None
-        rows = [self._waiting.pop()] if self._waiting else await self.acquire(1, PATIENCE)
+        rows = [self._waiting.pop()] if self._waiting else await self._another()
         while rows:
             [row] = rows
             may = False
@@ -396,8 +424,18 @@ class Limiter(Middleware):
                     self._release(row)
             if may:
                 return
-            rows = await self.acquire(1, PATIENCE)
+            rows = await self._another()
         raise Defer(reason="the permit to work on it was lost")
+
+    async def _another(self) -> list[list[Permit]]:
+        """A permit in place of a lost one, if there is one soon."""
+        try:
+            return await self.acquire(1, PATIENCE)
+        except FATAL:
+            raise
+        except MillpondError as error:
+            self._told(error, LONGEST_PAUSE)
+            raise Defer(LONGEST_PAUSE, "its permit was lost, and the store gives no other now") from error
 
     async def after(self, context: Context, result: Any) -> None:
         """It has returned."""

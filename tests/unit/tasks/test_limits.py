@@ -9,7 +9,7 @@ import pytest
 from tests.conformance.queue.conftest import World
 
 from millpond import Pond
-from millpond.errors import InvalidInput
+from millpond.errors import InvalidInput, StoreBusy, StoreClosed
 from millpond.worker.hooks import Context
 from millpond.worker.limits import LEASE, LINGER, PATIENCE, Concurrency, Limit, Limiter, Permit, Permits, Rate
 from millpond.worker.outcomes import Defer, Outcome
@@ -321,6 +321,42 @@ async def test_a_handler_that_gets_no_permit_gives_its_message_back_without_a_fa
             await world.soon(waiting)
         await here.limiter.stop()
         await there.limiter.stop()
+
+
+async def test_an_outage_of_the_store_is_waited_out(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    async with world.pond() as pond:
+        here = Here(pond, Concurrency(1))
+        claim, outage = pond.service.claim, True
+
+        async def failing(*arguments: Any, **options: Any) -> Any:
+            if outage:
+                raise StoreBusy("somebody writes")
+            return await claim(*arguments, **options)
+
+        pond.service.claim = failing  # type: ignore[method-assign]
+        waiting = await world.waiting(here.limiter.admit(1))
+        for _ in range(5):
+            await world.advance(15)
+        assert not waiting.done()
+        outage = False
+        await world.advance(15)
+        assert await world.soon(waiting) == 1
+        assert {record.message for record in caplog.records} == {"millpond.limit.failed"}
+        # A handler whose permit was lost meanwhile gives its message back.
+        outage = True
+        here.limiter._waiting.clear()
+        with pytest.raises(Defer) as caught:
+            await here.begin()
+        assert caught.value.delay > 0
+        outage = False
+        await here.limiter.stop()
+
+
+async def test_a_store_that_was_closed_is_not_waited_for(world: World) -> None:
+    async with world.pond() as pond:
+        here = Here(pond, Concurrency(1))
+    with pytest.raises(StoreClosed):
+        await here.limiter.admit(1)
 
 
 async def test_a_handler_whose_payload_did_not_fit_gives_its_permit_back(world: World) -> None:
