@@ -178,6 +178,7 @@ class Pond(Catalog):
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
         self._requests_before = snapshot({}, {})
+        self._twin = None
 
     @property
     def is_open(self) -> bool:
