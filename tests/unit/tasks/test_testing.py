@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import os
 import subprocess
 import sys
 import threading
@@ -171,7 +172,8 @@ def test_the_fixtures_of_the_plug_in(tmp_path: Path) -> None:
     installed = {point.value for point in importlib.metadata.entry_points(group="pytest11")}
     plugin = [] if "millpond.pytest_plugin" in installed else ["-p", "millpond.pytest_plugin"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *plugin, "test_app.py"]
-    environment = {"PYTHONPATH": str(Path(millpond.__file__).parents[1]), "PATH": "/usr/bin:/bin"}
+    path = os.pathsep.join([str(Path(millpond.__file__).parents[1]), *sys.path])
+    environment = {"PYTHONPATH": path, "PATH": "/usr/bin:/bin"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "2 passed" in run.stdout
