@@ -34,11 +34,25 @@ GROUPS = {
     "Queues": ("Queue", "DeadLetters", "QueuePolicy", "QueueCounts", "EnqueueOptions", "Receipt", "Answer"),
     "Messages": ("Message", "Lease", "MessageState", "MessageView"),
     "Workers": ("Worker", "Consumer", "Context", "Middleware", "RetryPolicy", "Retry", "GiveUp", "Defer", "Outcome"),
-    "Without asyncio": ("SyncQueue", "SyncDeadLetters", "SyncMessage", "SyncMessageState", "SyncMessageView"),
+    "Tasks and periodic jobs": ("Task", "TaskHandle", "current_task", "Tick"),
+    "Without asyncio": (
+        "SyncQueue",
+        "SyncDeadLetters",
+        "SyncMessage",
+        "SyncMessageState",
+        "SyncMessageView",
+        "SyncTaskHandle",
+    ),
     "Requests and their cost": ("PondRequests", "QueueRequests", "Requests"),
     "Payloads": ("json", "msgpack", "text", "Payload"),
 }
 """Every name of ``millpond.__all__`` but the errors and ``__version__``; `page` refuses to leave one out."""
+
+
+MACHINERY = frozenset(
+    {"begin", "calls", "end", "handler", "outgoing", "register", "send_call", "sender"}  # what a pond's parts call
+)
+"""Public in the code, and of no use outside of it."""
 
 
 def first_line(text: str | None) -> str:
@@ -97,8 +111,13 @@ def instance_attributes(kind: type) -> Iterator[tuple[str, str]]:
 
 def members(kind: type) -> Iterator[tuple[str, str]]:
     """(what is written, text) of the public methods and properties, in the order of the source."""
-    for name, value in vars(kind).items():
-        if name.startswith("_") or isinstance(value, type):
+    inherited = [base for base in kind.__mro__[1:] if base.__name__ in {"Catalog", "Registrations", "Sender"}]
+    own: dict[str, Any] = {}
+    for base in (kind, *inherited):
+        own |= {name: value for name, value in vars(base).items() if name not in own}
+    hidden = MACHINERY if inherited else frozenset()
+    for name, value in own.items():
+        if name.startswith("_") or isinstance(value, type) or name in hidden:
             continue
         if isinstance(value, property):
             yield name, first_line(value.__doc__)

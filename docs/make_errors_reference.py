@@ -11,6 +11,7 @@ from pathlib import Path
 
 from millpond import errors
 from millpond.cli.runner import CannotStart
+from millpond.worker.processes import ProcessDied
 
 PAGE = Path(__file__).parent / "reference" / "errors.md"
 
@@ -115,6 +116,11 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "while it was being written.",
         "Try again. If it stays: look for a stopped process that has the store open (`fuser work.db`).",
     ),
+    errors.TaskFailed: (
+        "A task's call was given up: it is a dead letter. `kind` and `text` are what its function raised last.",
+        "The error is in the dead letter, with its traceback: `millpond dlq show`. Mend the cause, redrive it, and the "
+        "`result` of its handle can be asked again.",
+    ),
     errors.StoreFull: (
         "The disk, or the quota, has no room left. Nothing of this call was written.",
         "Free some space; the pond need not be reopened.",
@@ -164,6 +170,11 @@ CURES: dict[type[errors.MillpondError], tuple[str, str]] = {
         "Command line only: the program that `millpond work` is to run cannot be started. The message was given back.",
         "Check the path and its permissions.",
     ),
+    ProcessDied: (
+        'Workers only, as a last error: the process in which the handler ran (`run_in="process"`) was killed '
+        "or ended by itself. One failure is counted, and the message comes back; other messages are not affected.",
+        "The text has the exit code or the signal. SIGKILL is often the kernel, out of memory; SIGSEGV a library in C.",
+    ),
 }
 
 
@@ -178,7 +189,7 @@ def tree(kind: type[errors.MillpondError], level: int = 0) -> Iterator[tuple[int
 
 def page() -> str:
     """The page's text."""
-    found = [*tree(errors.MillpondError), (0, CannotStart)]
+    found = [*tree(errors.MillpondError), (0, CannotStart), (0, ProcessDied)]
     missing = [kind.__name__ for _, kind in found if kind not in CURES]
     if missing:
         raise SystemExit(f"no cause and cure in {Path(__file__).name} for {', '.join(missing)}")

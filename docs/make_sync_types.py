@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from millpond import message, pond, queue
+from millpond.worker import catalog, registry, tasks
 
 STUB = Path(__file__).parents[1] / "src" / "millpond" / "sync_types.pyi"
 WIDTH = 120
@@ -26,28 +27,46 @@ CLASSES: dict[str, tuple[type, ModuleType]] = {
     "SyncMessageView": (message.MessageView, message),
     "SyncDeadLetters": (queue.DeadLetters, queue),
     "SyncQueue": (queue.Queue, queue),
+    "SyncTaskHandle": (tasks.TaskHandle, tasks),
     "PondCalls": (pond.Pond, pond),
 }
 """Name for type checkers → the class behind it, and its module. `SyncPond` adds opening and closing to PondCalls."""
 
+BASES: dict[str, list[tuple[type, ModuleType]]] = {
+    "PondCalls": [(registry.Registrations, registry), (catalog.Catalog, catalog)]
+}
+"""Base classes of ours whose methods are offered as well."""
+
+GENERIC = {"SyncTaskHandle": "Generic[R]"}
+"""Classes that have a base for type checkers."""
+
 ATTRIBUTES = {
+    "SyncTaskHandle": {"id": "str", "duplicate": "bool"},
     "SyncMessageView": {"state": "str"},
     "SyncQueue": {"name": "str", "namespace": "str", "dead_letters": "SyncDeadLetters"},
-    "PondCalls": {"config": "Config", "clock": "Clock"},
+    "PondCalls": {
+        "config": "Config",
+        "clock": "Clock",
+        "consumers": "dict[str, Consumer]",
+        "middleware": "builtins.list[Middleware]",
+        "services": "builtins.list[Service]",
+    },
 }
 """Attributes that are set in ``__init__``, where no annotation says their type."""
 
 OWN = {"PondCalls": {"open", "close"}}
 """What the synchronous class defines itself."""
 
-HIDDEN = {"PondCalls": {"store", "ids", "service", "dispatcher", "twin"}}
+HIDDEN = {
+    "PondCalls": {"store", "ids", "service", "dispatcher", "twin", "register", "consumers", "middleware", "services"}
+}
 """What is of use on the pond's own event loop only, and so is not offered."""
 
 IMPORTS = """\
 import builtins
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
-from datetime import datetime
-from typing import Any, TypeVar, Unpack
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Sequence
+from datetime import datetime, timedelta, tzinfo
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 from millpond.errors import MillpondError
 from millpond.message import Lease
@@ -58,8 +77,18 @@ from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Capabilities, Problem, QueueName
+from millpond.worker.catalog import TaskDecorator
+from millpond.worker.hooks import Gate, Middleware, Service
+from millpond.worker.limits import Limiter
+from millpond.worker.periodic import CatchUp
+from millpond.worker.registry import Consumer, RunIn
+from millpond.worker.retries import RetryPolicy
+from millpond.worker.tasks import Call, CoroutineTask, FunctionTask, SendFields, State
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 """
 
 RENAMED = {
@@ -67,6 +96,7 @@ RENAMED = {
     "MessageView": "SyncMessageView",
     "Message": "SyncMessage",
     "DeadLetters": "SyncDeadLetters",
+    "TaskHandle": "SyncTaskHandle",
     "Queue": "SyncQueue",
     "AsyncIterator": "Iterator",
     "list": "builtins.list",
@@ -83,10 +113,12 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str
     """The parameters with types and defaults; a default is ``...``, for only the implementation knows it."""
     arguments = function.args
     yield "self"
-    plain = arguments.args[1:]
+    plain = [*arguments.posonlyargs, *arguments.args][1:]
     required = len(plain) - len(arguments.defaults)
     for index, each in enumerate(plain):
         yield f"{each.arg}: {annotation(each.annotation)}" + ("" if index < required else " = ...")
+        if arguments.posonlyargs and each is arguments.posonlyargs[-1]:
+            yield "/"
     if arguments.kwonlyargs:
         yield "*"
     for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
@@ -95,19 +127,28 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str
         yield f"**{arguments.kwarg.arg}: {annotation(arguments.kwarg.annotation)}"
 
 
+def is_overload(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """One of several signatures; the implementation after them is none."""
+    return any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
+
+
 def method(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     """The lines of one method or property."""
     for decorator in function.decorator_list:
         yield f"    @{ast.unparse(decorator)}"
     given = list(parameters(function))
     returned = annotation(function.returns)
-    line = f"    def {function.name}({', '.join(given)}) -> {returned}:"
+    overlap = "  # type: ignore[overload-overlap]" if returned.startswith("CoroutineTask") else ""
+    end = " ..." if is_overload(function) else ""
+    line = f"    def {function.name}({', '.join(given)}) -> {returned}:{end}{overlap}"
     if len(line) <= WIDTH:
         yield line
     else:
-        yield f"    def {function.name}("
+        yield f"    def {function.name}({overlap}"
         yield from (f"        {each}," for each in given)
-        yield f"    ) -> {returned}:"
+        yield f"    ) -> {returned}:{end}"
+    if is_overload(function):
+        return
     text = ast.get_docstring(function, clean=True)
     assert text is not None, f"{function.name} has no docstring"
     lines = [*f'"""{text}"""'.splitlines()]
@@ -117,20 +158,28 @@ def method(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
 
 def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
     """The lines of one class."""
-    tree = ast.parse(inspect.getsource(module))
-    [body] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
-    yield f"class {name}:"
+    yield f"class {name}({GENERIC[name]}):" if name in GENERIC else f"class {name}:"
     yield f'    """`{cls.__name__}`, for synchronous code."""'
     yield ""
     attributes = ATTRIBUTES.get(name, {})
     yield from (f"    {attribute}: {kind}" for attribute, kind in attributes.items())
     if attributes:
         yield ""
-    for node in body.body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
-            continue
-        if node.name not in OWN.get(name, ()) and node.name not in HIDDEN.get(name, ()):
-            yield from method(node)
+    for kind, where in [(cls, module), *BASES.get(name, [])]:
+        tree = ast.parse(inspect.getsource(where))
+        [body] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
+        overloaded = {
+            node.name
+            for node in body.body
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and is_overload(node)
+        }
+        for node in body.body:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
+                continue
+            if node.name in overloaded and not is_overload(node):
+                continue
+            if node.name not in OWN.get(name, ()) and node.name not in HIDDEN.get(name, ()):
+                yield from method(node)
 
 
 def page() -> str:

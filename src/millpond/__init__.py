@@ -38,6 +38,7 @@ _WHERE = {
     "SyncMessageView": "sync",
     "SyncPond": "sync",
     "SyncQueue": "sync",
+    "SyncTaskHandle": "sync",
     "connect": "connecting",
     "connect_sync": "sync",
     "Consumer": "worker.registry",
@@ -48,7 +49,11 @@ _WHERE = {
     "Outcome": "worker.outcomes",
     "Retry": "worker.outcomes",
     "RetryPolicy": "worker.retries",
+    "Task": "worker.tasks",
+    "TaskHandle": "worker.tasks",
+    "Tick": "worker.periodic",
     "Worker": "worker.worker",
+    "current_task": "worker.tasks",
     "json": "service.payloads",
     "msgpack": "service.payloads",
     "text": "service.payloads",
@@ -71,6 +76,7 @@ _WHERE = {
     "StoreUnreachable": "errors",
     "OutcomeUnknown": "errors",
     "Tampered": "errors",
+    "TaskFailed": "errors",
     "TooLarge": "errors",
     "Unauthorized": "errors",
     "Forbidden": "errors",
@@ -102,6 +108,7 @@ if TYPE_CHECKING:
         StoreMismatch,
         StoreUnreachable,
         Tampered,
+        TaskFailed,
         Throttled,
         TooLarge,
         TooManyConsumers,
@@ -122,12 +129,15 @@ if TYPE_CHECKING:
         SyncMessageView,
         SyncPond,
         SyncQueue,
+        SyncTaskHandle,
         connect_sync,
     )
     from millpond.worker.hooks import Context, Middleware
     from millpond.worker.outcomes import Defer, GiveUp, Outcome, Retry
+    from millpond.worker.periodic import Tick
     from millpond.worker.registry import Consumer
     from millpond.worker.retries import RetryPolicy
+    from millpond.worker.tasks import Task, TaskHandle, current_task
     from millpond.worker.worker import Worker
 
 
@@ -197,8 +207,13 @@ __all__ = [
     "SyncMessageView",
     "SyncPond",
     "SyncQueue",
+    "SyncTaskHandle",
     "Tampered",
+    "Task",
+    "TaskFailed",
+    "TaskHandle",
     "Throttled",
+    "Tick",
     "TooLarge",
     "TooManyConsumers",
     "Unauthorized",
@@ -207,6 +222,7 @@ __all__ = [
     "__version__",
     "connect",
     "connect_sync",
+    "current_task",
     "json",
     "msgpack",
     "text",

@@ -13,6 +13,7 @@
      ├── Forbidden                   the server knows, and will not let him
      ├── Throttled                   the server is loaded; ask again a little later
      ├── PayloadNotLoaded            the payload is stored apart from its record; stream it
+     ├── TaskFailed                  a task was given up; its own error is inside
      ├── StoreError                  the storage said no
      │    ├── StoreBusy              another writer holds it; try again
      │    ├── StoreFull              no room left; free some, then try again
@@ -126,6 +127,19 @@ class PayloadNotLoaded(MillpondError):
     """The payload is stored apart from its record; use message.stream() or message.read()."""
 
     code = "payload_not_loaded"
+
+
+class TaskFailed(MillpondError):
+    """The task was given up: its call is a dead letter."""
+
+    code = "task_failed"
+
+    def __init__(self, message: str | None = None, *, kind: str = "", text: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+        """The class name of what the function raised last; empty when it raised nothing (its worker died, say)."""
+        self.text = text
+        """Its message."""
 
 
 class StoreError(MillpondError):

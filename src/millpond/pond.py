@@ -35,7 +35,7 @@ from millpond.stores.base import (
     Store,
 )
 from millpond.stores.sealed import refuse_sealed
-from millpond.worker.registry import Registrations
+from millpond.worker.catalog import Catalog
 
 log = logging.getLogger("millpond.pond")
 # Silent until the application configures logging; the root logger is the application's.
@@ -141,8 +141,11 @@ def _no_more(url: str, query: dict[str, str]) -> None:
         )
 
 
-class Pond(Registrations):
+class Pond(Catalog):
     """A connection to a store. Use as ``async with``; safe for any number of tasks of its event loop."""
+
+    _twin: Callable[[], Pond] | None = None
+    """Makes another on the same store; set by whoever knows how this one was made."""
 
     def __init__(
         self,
@@ -153,7 +156,6 @@ class Pond(Registrations):
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         """For a store of one's own; otherwise see `millpond.connect`."""
-        super().__init__()
         self.clock = clock or SystemClock()
         if store.capabilities.reach is Reach.NETWORK:
             # Others whose clocks are not this machine's go by the same leases and due times.
@@ -187,7 +189,7 @@ class Pond(Registrations):
         self._collecting: asyncio.Task[None] | None = None
         self._collect_timer: TimerHandle | None = None
         self._requests_before = snapshot({}, {})
-        self._twin: Callable[[], Pond] | None = None
+        self._twin = None
 
     @property
     def is_open(self) -> bool:

@@ -255,6 +255,12 @@ class Queue:
         records = await self._service.peek(self.namespace, self.name, count)
         return [MessageView(self._service, record) for record in records]
 
+    async def browse(self, *, after: str | None = None, limit: int = 100) -> list[MessageView]:
+        """Live messages in order of insertion, held, delayed or ready, from after the one with id ``after``; changes
+        nothing. One that cannot be read is left out and logged. Raises MessageNotFound when ``after`` is gone."""
+        records = await self._service.browse(self.namespace, self.name, after=after, limit=limit)
+        return [MessageView(self._service, record) for record in records]
+
     async def next_due(self) -> float | None:
         """Seconds until the earliest message that is not ready now comes due (a delay or a lease ends); None when there
         is none."""

@@ -23,6 +23,7 @@ from millpond.errors import StoreClosed, StoreError
 from millpond.message import Message, MessageState, MessageView
 from millpond.pond import DEFAULT_URL, Pond
 from millpond.queue import DeadLetters, Queue
+from millpond.worker.tasks import TaskHandle
 
 if TYPE_CHECKING:
     from millpond.crypto.keyring import Keyring
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         SyncMessageState,
         SyncMessageView,
         SyncQueue,
+        SyncTaskHandle,
     )
 
 
@@ -45,6 +47,7 @@ __all__ = [
     "SyncMessageView",
     "SyncPond",
     "SyncQueue",
+    "SyncTaskHandle",
     "connect_sync",
 ]
 
@@ -195,6 +198,11 @@ if not TYPE_CHECKING:
 
         __slots__ = ()
 
+    class SyncTaskHandle(Synchronous):
+        """`TaskHandle`, for synchronous code."""
+
+        __slots__ = ()
+
     class SyncDeadLetters(Synchronous):
         """`DeadLetters`, for synchronous code."""
 
@@ -207,6 +215,7 @@ PROXIES: dict[type, Any] = {
     MessageState: SyncMessageState,
     MessageView: SyncMessageView,
     DeadLetters: SyncDeadLetters,
+    TaskHandle: SyncTaskHandle,
 }
 """What synchronous code gets for an object of these classes."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Sequence
-from datetime import datetime
-from typing import Any, TypeVar, Unpack
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Sequence
+from datetime import datetime, timedelta, tzinfo
+from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 from millpond.errors import MillpondError
 from millpond.message import Lease
@@ -16,8 +16,18 @@ from millpond.service.collector import Collected
 from millpond.service.config import Config, EnqueueFields, PolicyFields, QueuePolicy
 from millpond.service.ready import Record
 from millpond.stores.base import Capabilities, Problem, QueueName
+from millpond.worker.catalog import TaskDecorator
+from millpond.worker.hooks import Gate, Middleware, Service
+from millpond.worker.limits import Limiter
+from millpond.worker.periodic import CatchUp
+from millpond.worker.registry import Consumer, RunIn
+from millpond.worker.retries import RetryPolicy
+from millpond.worker.tasks import Call, CoroutineTask, FunctionTask, SendFields, State
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 class SyncMessageState:
     """`MessageState`, for synchronous code."""
@@ -357,6 +367,10 @@ class SyncQueue:
     def peek(self, count: int = ...) -> builtins.list[SyncMessageView]:
         """The messages that would be handed out next, without taking them."""
 
+    def browse(self, *, after: str | None = ..., limit: int = ...) -> builtins.list[SyncMessageView]:
+        """Live messages in order of insertion, held, delayed or ready, from after the one with id ``after``; changes
+        nothing. One that cannot be read is left out and logged. Raises MessageNotFound when ``after`` is gone."""
+
     def next_due(self) -> float | None:
         """Seconds until the earliest message that is not ready now comes due (a delay or a lease ends); None when there
         is none."""
@@ -385,11 +399,33 @@ class SyncQueue:
         damaged, or under a key that is lost (StoreCorrupt, Tampered, UnknownKey at every enqueue and receive). Safe to
         repeat. Look for the key first, and for a newer Millpond if it is StoreMismatch: what the policy was is gone."""
 
+class SyncTaskHandle(Generic[R]):
+    """`TaskHandle`, for synchronous code."""
+
+    id: str
+    duplicate: bool
+
+    def result(self, timeout: float | None = ...) -> R:
+        """What the function returned, as soon as it has, decoded by its annotation.
+
+        Raises TaskFailed when the call was given up, MessageNotFound when neither it nor its result is there (any
+        more), TimeoutError after ``timeout`` seconds, InvalidInput when the result is not kept."""
+
+    def state(self) -> State:
+        """``waiting``, ``running``, ``done`` (its result is there), ``failed`` (given up), or ``gone`` (done, with no
+        result kept; or removed)."""
+
+    def progress(self) -> Any:
+        """What the function last said about how far it is; None when it said nothing, or is over."""
+
 class PondCalls:
     """`Pond`, for synchronous code."""
 
     config: Config
     clock: Clock
+    consumers: dict[str, Consumer]
+    middleware: builtins.list[Middleware]
+    services: builtins.list[Service]
 
     @property
     def is_open(self) -> bool:
@@ -447,3 +483,103 @@ class PondCalls:
     def statistics(self) -> dict[str, Any]:
         """Counters of the store, the ready caches and the dispatcher, and of requests where the store charges for them;
         for operators."""
+
+    def consumer(
+        self,
+        queue: str,
+        *,
+        name: str | None = ...,
+        namespace: str | None = ...,
+        concurrency: int = ...,
+        visibility: float | None = ...,
+        retry: RetryPolicy | None = ...,
+        time_limit: float | None = ...,
+        type: Any = ...,
+        run_in: RunIn | None = ...,
+        middleware: Sequence[Middleware] = ...,
+        gate: Gate | None = ...,
+    ) -> Callable[[F], F]:
+        """Register a function as the handler of a queue's messages; a worker (`millpond worker`, `Worker`) runs it.
+
+        The function stays what it is. Of its parameters one is the payload, decoded and checked by its annotation (or
+        ``type``): bytes, str, a msgspec Struct, dataclass, TypedDict, pydantic model …; others are filled by theirs:
+        `Message`, `Lease`, `MessageState`, `Context`, `Queue`, `Pond`, or the Sync forms in functions that are no
+        coroutines. It returns: ack. It raises: nack, with the delay that ``retry`` says; `Retry`, `GiveUp` and `Defer`
+        say otherwise. A payload that does not fit is a dead letter at once.
+
+        ``name``: default the function's. ``concurrency``: handlers at the same time, per process. ``visibility``:
+        length of the lease, which is renewed while the handler runs; None for the messages' own. ``time_limit``:
+        seconds after which a handler is cancelled, and has failed. ``run_in``: "loop" (coroutine functions), "thread"
+        (others), or "process" for work that burns CPU; such a handler can be imported, and gets its payload and `Lease`
+        only. Raises InvalidInput."""
+
+    @overload
+    def task(  # type: ignore[overload-overlap]
+        self,
+        function: Callable[P, Coroutine[Any, Any, R]],
+        /,
+    ) -> CoroutineTask[P, R]: ...
+    @overload
+    def task(self, function: Callable[P, R], /) -> FunctionTask[P, R]: ...
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = ...,
+        queue: str | None = ...,
+        namespace: str | None = ...,
+        concurrency: int = ...,
+        visibility: float | None = ...,
+        retry: RetryPolicy | None = ...,
+        time_limit: float | None = ...,
+        run_in: RunIn | None = ...,
+        middleware: Sequence[Middleware] = ...,
+        gate: Gate | None = ...,
+        **options: Unpack[SendFields],
+    ) -> TaskDecorator: ...
+    def send(self, call: Call[R], **options: Unpack[SendFields]) -> SyncTaskHandle[R]:
+        """Send a task's call by this pond, whichever pond of the same store the task was registered with:
+        ``pond.send(resize.call("a.png"), delay=60)``. What synchronous code has in place of `Task.send`. Raises as
+        `Task.send` does."""
+
+    def periodic(
+        self,
+        when: str | timedelta,
+        *,
+        tz: str | tzinfo | None = ...,
+        catch_up: CatchUp = ...,
+        grace: float = ...,
+        name: str | None = ...,
+        queue: str | None = ...,
+        namespace: str | None = ...,
+        concurrency: int = ...,
+        visibility: float | None = ...,
+        retry: RetryPolicy | None = ...,
+        time_limit: float | None = ...,
+        run_in: RunIn | None = ...,
+        middleware: Sequence[Middleware] = ...,
+        gate: Gate | None = ...,
+    ) -> Callable[[F], F]:
+        """Run a function by the clock: ``@pond.periodic("0 3 * * *", tz="Europe/Berlin")``, or ``"every 10s"``.
+
+        Each tick becomes one message, however many workers there are, and the function is its handler: a failure is
+        tried again as for any consumer. A parameter annotated `Tick` gets the time for which it was fired. ``tz``:
+        where the expression is read, default UTC. ``catch_up``: of ticks that came while no worker ran, ``"latest"``
+        fires the newest, ``"skip"`` none that is later than ``grace`` seconds, a number so many of the newest.
+        ``name``: default the function's; ``queue``: default ``periodic.`` and the name. The rest as for `consumer`.
+        Raises InvalidInput."""
+
+    def limit(
+        self,
+        name: str,
+        *,
+        concurrency: int | None = ...,
+        rate: int | None = ...,
+        per: float = ...,
+        namespace: str | None = ...,
+    ) -> Limiter:
+        """A limit over all processes, as the ``gate`` of a consumer, task or periodic job.
+
+        ``concurrency``: messages worked on at once. ``rate``: messages begun within any ``per`` seconds. ``name``: what
+        makes it the same limit in every process: a queue's, for all of its consumers, or a consumer's. A worker that
+        may not begin takes no message. Raises InvalidInput."""

@@ -32,12 +32,11 @@ from tests.model.machine import (
 )
 from tests.model.model import LeaseIsLost, Model, NotAllowed, require
 
-from millpond.errors import LeaseLost, MessageNotFound, StoreBusy, StoreError
+from millpond.errors import LeaseLost, MessageNotFound, OutcomeUnknown, StoreBusy, StoreError
 from millpond.message import Message
 from millpond.model.clock import CorrectedClock
 from millpond.stores.base import Box, Store
 from millpond.stores.objects import records
-from millpond.stores.objects.bucket import OutcomeUnknown
 from millpond.stores.objects.faulty_bucket import (
     Fault,
     FaultyBucket,

@@ -27,6 +27,8 @@ from millpond import (
     SyncMessageView,
     SyncPond,
     SyncQueue,
+    SyncTaskHandle,
+    TaskHandle,
 )
 
 
@@ -168,3 +170,46 @@ def work(message: SyncMessage) -> None:
     message.defer(delay=5)
     message.bury("hopeless")
     message.ack(then=[("next", b"x"), ("next", b"y", {"delay": 5})])
+
+
+shop = millpond.connect()
+
+
+@shop.task
+async def add(a: int, b: int = 2) -> int:
+    """A task that is a coroutine function."""
+    return a + b
+
+
+@shop.task(keep_result=60, concurrency=3, queue="mail")
+def shout(text: str, *, loud: bool = False) -> str:
+    """A task that is a function."""
+    return text.upper() if loud else text
+
+
+@shop.periodic("0 3 * * *", tz="Europe/Berlin", catch_up=3)
+async def nightly(tick: millpond.Tick) -> None:
+    """A periodic job."""
+    assert_type(tick.at, datetime)
+
+
+@shop.consumer("orders", gate=shop.limit("orders", rate=100, per=60, concurrency=5))
+async def order(order: Order) -> None:
+    """A consumer under a limit."""
+
+
+async def tasks() -> None:
+    assert_type(await add(1), int)
+    assert_type(shout("a", loud=True), str)
+    handle = await add.send(1, b=3)
+    assert_type(handle, TaskHandle[int])
+    assert_type(await handle.result(timeout=5), int)
+    assert_type(handle.id, str)
+    assert_type(await (await shout.options(delay=5, unique=True, priority=9).send("a")).result(), str)
+    assert_type(await add.send_many([add.call(1), add.call(2, b=3)]), list[TaskHandle[int]])
+    assert_type(add.handle("id"), TaskHandle[int])
+    assert_type(await shop.send(shout.call("a"), keep_result=60), TaskHandle[str])
+    await millpond.current_task().progress(0.5)
+    with millpond.connect_sync() as pond:
+        assert_type(pond.send(add.call(1), delay=5), SyncTaskHandle[int])
+        assert_type(pond.send(add.call(1)).result(timeout=5), int)

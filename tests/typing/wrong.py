@@ -60,3 +60,34 @@ async def mixed(pond: millpond.SyncPond) -> None:
         pass
     async for _ in pond.queue("orders").receive()[0].stream():  # type: ignore[attr-defined]
         pass
+
+
+shop = millpond.connect()
+
+
+@shop.task
+async def add(a: int, b: int = 2) -> int:
+    """A task."""
+    return a + b
+
+
+@shop.task(keep_result=60)
+def shout(text: str) -> str:
+    """Another."""
+    return text
+
+
+async def tasks(pond: millpond.SyncPond) -> None:
+    await add.send("1")  # type: ignore[arg-type]
+    await add.send()  # type: ignore[call-arg]
+    await add.send(1, c=3)  # type: ignore[call-arg]
+    add.call(1, b="2")  # type: ignore[arg-type]
+    await add.options(priorty=3).send(1)  # type: ignore[call-arg]
+    await add.send_many([shout.call("a")])  # type: ignore[list-item]
+    number: int = shout("a")  # type: ignore[assignment]
+    text: str = await (await add.send(1)).result()  # type: ignore[assignment]
+    await pond.send(add.call(1)).result()  # type: ignore[misc]
+    shop.task(keep_results=60)  # type: ignore[call-overload]
+    shop.periodic(5)  # type: ignore[arg-type]
+    shop.limit("orders", rates=5)  # type: ignore[call-arg]
+    print(number, text)

@@ -15,9 +15,9 @@ from millpond.cli.settings import Group, Settings
 from millpond.errors import MillpondError
 
 SECTIONS = {
-    "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work"),
+    "Produce and consume": ("enqueue", "receive", "ack", "nack", "defer", "extend", "work", "worker"),
     "Serve": ("serve", "token"),
-    "Look": ("peek", "queues", "stats", "dlq"),
+    "Look": ("peek", "queues", "stats", "top", "dlq"),
     "Administer": (
         "pause",
         "resume",
@@ -125,7 +125,20 @@ def app() -> None:
 
 
 def _add_commands() -> None:
-    from millpond.cli import admin, completion, consume, dlq, enqueue, inspect, keys, serve, token, work
+    from millpond.cli import (
+        admin,
+        completion,
+        consume,
+        dlq,
+        enqueue,
+        inspect,
+        keys,
+        serve,
+        token,
+        top,
+        work,
+        worker,
+    )
 
     for command in (
         enqueue.enqueue,
@@ -135,11 +148,13 @@ def _add_commands() -> None:
         consume.defer,
         consume.extend,
         work.work,
+        worker.worker,
         serve.serve,
         token.token,
         inspect.peek,
         inspect.queues,
         inspect.stats,
+        top.top,
         dlq.dlq,
         admin.pause,
         admin.resume,

@@ -142,16 +142,25 @@ class RemoteService(Consuming):
         self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
     ) -> list[Record]:
         """As `QueueService.list_dead_letters`, a page at a time."""
+        return await self._list("/v1/dlq/list", namespace, queue, after, limit)
+
+    async def browse(
+        self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
+    ) -> list[Record]:
+        """As `QueueService.browse`, a page at a time."""
+        return await self._list("/v1/queue/browse", namespace, queue, after, limit)
+
+    async def _list(self, path: str, namespace: str | None, queue: str, after: str | None, limit: int) -> list[Record]:
         key = queue_key(namespace, queue)
         left = check_count(limit, "limit")
         start = None if after is None else names.message_id(after)
         cursor: str | None = None
         found: list[Record] = []
         while left > 0:
-            request = native.DeadLetterListRequest(
+            request = native.ListRequest(
                 namespace=key[0], queue=key[1], after=start, cursor=cursor, limit=min(left, native.MAX_LIST)
             )
-            page = await self._ask("/v1/dlq/list", request, _page, changes=False)
+            page = await self._ask(path, request, _page, changes=False)
             found += [records.seen(view) for view in page.messages]
             left -= len(page.messages)
             start, cursor = None, page.next_cursor

@@ -337,19 +337,29 @@ async def notify(call: Call, request: native.QueueRequest) -> native.Done:
 # Dead letters
 
 
-async def dead_letters(call: Call, request: native.DeadLetterListRequest) -> native.Page:
+async def dead_letters(call: Call, request: native.ListRequest) -> native.Page:
     """Dead letters in order of insertion."""
+    return await _page(call, request, Box.DEAD)
+
+
+async def browse(call: Call, request: native.ListRequest) -> native.Page:
+    """Live messages in order of insertion, held, delayed or ready."""
+    return await _page(call, request, Box.LIVE)
+
+
+async def _page(call: Call, request: native.ListRequest, box: Box) -> native.Page:
     service = call.context.pond.service
     key = service.key(request.namespace, request.queue)
     after = None
     if request.after is not None and request.cursor is not None:
         raise InvalidInput("give after or cursor, not both")
     if request.after is not None:
-        after = (await service.dead_letter(*key, request.after)).item.key
+        look = service.dead_letter if box is Box.DEAD else service.get_message
+        after = (await look(*key, request.after)).item.key
     elif request.cursor is not None:
         after = _cursor(request.cursor)
     try:
-        page = await service.list_messages(*key, after=after, limit=request.limit, box=Box.DEAD)
+        page = await service.list_messages(*key, after=after, limit=request.limit, box=box)
     except OverflowError as error:
         raise InvalidInput(FOREIGN_CURSOR) from error
     found = [MessageView(service, record) for record in page.records]

@@ -115,6 +115,10 @@ class Operations(Answers, Protocol):
 
     # Dead letters
 
+    async def browse(
+        self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
+    ) -> list[Record]: ...
+
     async def list_dead_letters(
         self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
     ) -> list[Record]: ...

@@ -439,8 +439,18 @@ class QueueService(States):
     ) -> list[Record]:
         """Dead letters in order of insertion, from after the one with id ``after``. Raises MessageNotFound."""
         start = None if after is None else (await self.dead_letter(namespace, queue, after)).item.key
+        return await self._listed(namespace, queue, start, limit, Box.DEAD)
+
+    async def browse(
+        self, namespace: str | None, queue: str, *, after: str | None = None, limit: int = 100
+    ) -> list[Record]:
+        """Live messages in order of insertion, from after the one with id ``after``. Raises MessageNotFound."""
+        start = None if after is None else (await self.get_message(namespace, queue, after)).item.key
+        return await self._listed(namespace, queue, start, limit, Box.LIVE)
+
+    async def _listed(self, namespace: str | None, queue: str, start: int | None, limit: int, box: Box) -> list[Record]:
         while True:
-            page = await self.list_messages(namespace, queue, after=start, limit=limit, box=Box.DEAD)
+            page = await self.list_messages(namespace, queue, after=start, limit=limit, box=box)
             if page.records or page.next_after is None:
                 return page.records
             start = page.next_after  # A page of records that cannot be read; the next may have some that can.

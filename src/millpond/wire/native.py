@@ -509,8 +509,8 @@ class Done(msgspec.Struct, frozen=True):
     """It was done."""
 
 
-class DeadLetterListRequest(Request, kw_only=True, frozen=True):
-    """Dead letters in order of insertion, behind the one with id ``after``, or behind ``cursor``."""
+class ListRequest(Request, kw_only=True, frozen=True):
+    """Messages in order of insertion, behind the one with id ``after``, or behind ``cursor``."""
 
     after: str | None = None
     cursor: str | None = None

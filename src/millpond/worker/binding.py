@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
+import msgspec.inspect
 
 from millpond.errors import InvalidInput
 from millpond.message import Lease, Message, MessageState
@@ -44,6 +45,8 @@ class Bound:
         self.handler = consumer.handler
         self.asynchronous = is_coroutine_function(self.handler)
         self.run_in: RunIn = consumer.run_in or ("loop" if self.asynchronous else "thread")
+        if inspect.isgeneratorfunction(self.handler) or inspect.isasyncgenfunction(self.handler):
+            raise self._wrong("it is a generator: calling it would do nothing")
         if (self.run_in == "loop") is not self.asynchronous:
             raise self._wrong(
                 f"run_in={self.run_in!r} does not go with it: coroutine functions run on the loop, others in threads "
@@ -139,6 +142,9 @@ def decoder(kind: Any, wrong: Callable[[str], InvalidInput] = InvalidInput) -> D
         from_json, from_msgpack = msgspec.json.Decoder(kind).decode, msgspec.msgpack.Decoder(kind).decode
     except (TypeError, NotImplementedError, NameError) as error:
         raise wrong(f"no payload can be decoded as {kind!r:.200}: {error}") from error
+    for strange in _strangers(msgspec.inspect.type_info(kind), set()):
+        # msgspec would take it, and then find at every message that it is something else.
+        raise wrong(f"no payload can be decoded as {strange!r:.200}; use a Struct, a dataclass or a pydantic model")
 
     def decode(data: bytes, content_type: str | None) -> Any:
         try:
@@ -147,6 +153,19 @@ def decoder(kind: Any, wrong: Callable[[str], InvalidInput] = InvalidInput) -> D
             raise Unfit(str(error)) from error
 
     return decode
+
+
+def _strangers(info: Any, seen: set[int]) -> Iterator[Any]:
+    """The classes within a type that msgspec can check for, but cannot make."""
+    if isinstance(info, msgspec.inspect.CustomType):
+        yield info.cls
+    if isinstance(info, tuple):
+        for part in info:
+            yield from _strangers(part, seen)
+    elif isinstance(info, msgspec.Struct) and id(info) not in seen:
+        seen.add(id(info))
+        for name in info.__struct_fields__:
+            yield from _strangers(getattr(info, name), seen)
 
 
 def _bytes(data: bytes, content_type: str | None) -> bytes:

@@ -27,6 +27,7 @@ class Job:
         "call",
         "context",
         "ends",
+        "entered",
         "handle",
         "message",
         "renew_at",
@@ -47,6 +48,8 @@ class Job:
         self.handle: Message | None = None
         """The message as the renewing thread's own pond knows it."""
         self.task: asyncio.Task[None] | None = None
+        self.entered = False
+        """The task has begun: one that is cancelled before would end without ever having looked."""
         self.call: Call | None = None
         """The handler's call in a thread, while there is one."""
         self.why: Why | None = None
@@ -57,6 +60,11 @@ class Job:
         self.abandoned = False
         """The handler did not end when it was cancelled, and was answered for without it."""
 
+    @property
+    def wants_lease(self) -> bool:
+        """Its lease is to be renewed."""
+        return self.why != "lost" and not self.answered
+
     def cancel(self, why: Why) -> None:
         """Have the handler end. The first reason counts."""
         if self.why is not None:
@@ -65,7 +73,7 @@ class Job:
         self.context._cancelled = True
         if self.call is not None:
             self.call.interrupt()
-        elif self.task is not None:
+        elif self.task is not None and self.entered:
             self.task.cancel()
 
 

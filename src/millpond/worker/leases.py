@@ -40,7 +40,7 @@ RETRIES = 12
 FIRST_PAUSE = 1.0
 """Seconds until the renewing thread's pond is opened again, when that failed; often enough for a lease of 30."""
 LAST_WAIT = 5.0
-"""Seconds for which the end of the thread is waited for; it may be amid a call to a store that does not answer."""
+"""Seconds for which the thread is waited for; it may be amid a call to a store that does not answer."""
 
 Lost = Callable[[Job, str], None]
 
@@ -96,11 +96,11 @@ class _Round:
         now = self._clock.monotonic()
         due: defaultdict[tuple[str, str, float], list[Job]] = defaultdict(list)
         for job in self._held():
-            if job.renew_at <= now and job.why != "lost" and not job.answered:
+            if job.renew_at <= now and job.wants_lease:
                 due[job.message.namespace, job.message.queue, job.span].append(job)
         for (namespace, queue, span), jobs in due.items():
             await self._extend(pond.queue(queue, namespace=namespace), span, jobs, by_handle)
-        return min((job.renew_at for job in self._held() if job.why != "lost"), default=math.inf)
+        return min((job.renew_at for job in self._held() if job.wants_lease), default=math.inf)
 
     async def _extend(self, queue: Queue, span: float, jobs: list[Job], by_handle: bool) -> None:
         asked = self._clock.monotonic()
@@ -228,7 +228,9 @@ class ThreadRenewals(_Round):
     async def start(self) -> None:
         """Begin; returns when the thread can renew, or has found that it cannot yet."""
         self._thread.start()
-        await self._ready.wait()
+        with contextlib.suppress(TimeoutError):  # it goes on trying; so do claims
+            async with asyncio.timeout(LAST_WAIT):
+                await self._ready.wait()
 
     async def due_now(self) -> None:
         """Nothing: the thread does it."""
@@ -247,7 +249,7 @@ class ThreadRenewals(_Round):
         try:
             asyncio.run(self._main())
         except BaseException as error:
-            log.exception("millpond.worker.renewals_failed")
+            log.error("millpond.worker.renewals_failed", exc_info=True)
             self._tell(self._fail, error)
         finally:
             self._tell(self._ready.set)
@@ -283,7 +285,7 @@ class ThreadRenewals(_Round):
     def _cannot_open(self, error: MillpondError) -> float:
         now = self._clock.monotonic()
         for job in self._held():
-            if job.renew_at <= now and job.why != "lost" and not job.answered:
+            if job.renew_at <= now and job.wants_lease:
                 self._failed(job, now, error)
         return now + FIRST_PAUSE
 

@@ -9,6 +9,7 @@ it does. What is running, and what waits for its answer to be stored, are both b
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
@@ -19,20 +20,23 @@ from millpond.errors import (
     MillpondError,
     PayloadNotLoaded,
     StoreClosed,
+    StoreCorrupt,
+    StoreError,
     StoreMismatch,
     TooLarge,
 )
-from millpond.message import Lease, Message, MessageState
+from millpond.message import Message
 from millpond.pond import Pond
 from millpond.queue import Queue
-from millpond.sync import PROXIES, Portal, SyncMessage, SyncMessageState, SyncPond, SyncQueue
 from millpond.worker.binding import Bound, Unfit
-from millpond.worker.failures import MESSAGE_LIMIT, REASON_LIMIT, clean, details, reason
+from millpond.worker.deciding import decide
+from millpond.worker.failures import REASON_LIMIT, clean, reason
+from millpond.worker.filling import fillers
 from millpond.worker.hooks import Context, Middleware
-from millpond.worker.jobs import HandledMessage, Job, pause
+from millpond.worker.jobs import Job, pause
 from millpond.worker.leases import SHARE, Renewals
-from millpond.worker.outcomes import Defer, GiveUp, Kind, Outcome, Retry
-from millpond.worker.processes import Processes, RaisedInProcess
+from millpond.worker.outcomes import KINDS, Kind, Outcome
+from millpond.worker.processes import Processes
 from millpond.worker.threads import Call, Threads
 
 log = logging.getLogger("millpond.worker")
@@ -45,21 +49,10 @@ FIRST_PAUSE = 0.2
 """Seconds of the first pause after a failure of the store; it doubles up to `LONGEST_PAUSE`."""
 LONGEST_PAUSE = 15.0
 """So that a store that is back is used again within that, and a worker is not taken for dead by its probe."""
-LONGEST_DELAY = 10 * 366 * 86_400.0
-"""Seconds: more than anybody means, and less than the service refuses."""
+LAST_WAIT = 1.0
+"""Seconds that tasks have to end once nothing that they do counts any more."""
 FATAL = (StoreClosed, StoreMismatch, InvalidInput)
 """What no waiting cures."""
-
-
-class LoopPortal(Portal):
-    """The way from handlers in threads to the worker's own loop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        import threading
-
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.current_thread()
 
 
 def overridden(middleware: Sequence[Middleware], hook: str) -> list[Any]:
@@ -98,8 +91,7 @@ class Line:
         self._gate = consumer.gate
         self._threads = None if bound.run_in == "loop" else Threads(consumer.concurrency, consumer.name)
         self._processes = Processes(consumer) if bound.run_in == "process" else None
-        self._portal = LoopPortal() if bound.run_in == "thread" else None
-        self._fillers = [(name, self._filler(kind)) for name, kind in bound.specials]
+        self._fillers = fillers(bound, pond, self._queue)
         self.held: dict[Job, None] = {}
         """Not answered for yet. Renewals read it from another thread."""
         self.running: dict[Job, None] = {}
@@ -114,11 +106,12 @@ class Line:
         """The taking task waits for something that a stop need not wait for."""
         self._deadline: asyncio.TimerHandle | Any = None
         self._unwinding: dict[Job, float] = {}
+        self._closed = False
         self.stopping = False
         self.polled: float | None = None
         """When messages were last asked for successfully (or the gate held them back), by the monotonic clock."""
         self.at_gate = False
-        self.counts: dict[Kind, int] = dict.fromkeys(("ack", "retry", "dead", "defer", "lost", "answered"), 0)
+        self.counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         renewals.watch(lambda: self.held)
 
     @property
@@ -274,11 +267,14 @@ class Line:
     # One message
 
     async def _work(self, job: Job) -> None:
+        job.entered = True
         context = job.context
         error: BaseException | None = None
         unfit = False
         result: Any = None
         try:
+            if job.why is not None:
+                raise asyncio.CancelledError
             if self._processes is not None:
                 result = await self._in_process(job)
             else:
@@ -297,8 +293,8 @@ class Line:
             error = raised
             if isinstance(error, asyncio.CancelledError):
                 task = asyncio.current_task()
-                if task is not None and task.cancelling() and job.why is None:
-                    raise  # not by the worker: the event loop is being torn down
+                if self._closed or (task is not None and task.cancelling() and job.why is None):
+                    raise  # not by the worker, or too late: the event loop is being torn down
                 if task is not None:
                     task.uncancel()
         del self.running[job]
@@ -336,9 +332,21 @@ class Line:
     async def _payload(self, job: Job) -> Any:
         try:
             payload = job.message.payload
-        except PayloadNotLoaded:
-            payload = await job.message.read()
+        except (PayloadNotLoaded, StoreError):
+            payload = await self._read(job)
         return self.bound.decode(payload, job.message.content_type)
+
+    async def _read(self, job: Job) -> bytes:
+        """A payload that did not come with its message. An outage now is no failure of the handler's."""
+        troubles = 0
+        while True:
+            try:
+                return await job.message.read()
+            except (StoreCorrupt, StoreClosed, StoreMismatch):
+                raise
+            except StoreError as error:
+                troubles += 1
+                await self._trouble("read a payload", error, troubles)
 
     def _call(self, job: Job) -> Awaitable[Any]:
         bound = self.bound
@@ -358,7 +366,12 @@ class Line:
         job.call = call
         try:
             self._threads.start(call)
-            return await call.future
+            result = await call.future
+            if inspect.iscoroutine(result):
+                # A decorator has hidden that it is a coroutine function. Nothing was done, so it must not be acked.
+                result.close()
+                raise InvalidInput("the handler returned a coroutine; register the coroutine function itself")
+            return result
         finally:
             job.call = None
 
@@ -370,76 +383,16 @@ class Line:
         if self.bound.payload is not None:
             try:
                 payload = message.payload
-            except PayloadNotLoaded:
-                payload = await message.read()
+            except (PayloadNotLoaded, StoreError):
+                payload = await self._read(job)
         for hook in self._before:
             await hook(job.context)
         lease, content_type = message.lease, message.content_type
         call: Call = Call(lambda: processes.run(call, payload, content_type, lease), self._loop)
         return await self._threaded(job, call)
 
-    def _filler(self, kind: type) -> Callable[[Job], Any]:
-        portal = self._portal
-        if issubclass(kind, Lease):
-            return lambda job: job.message.lease
-        if issubclass(kind, Context):
-            return lambda job: job.context
-        if issubclass(kind, Message):
-            return HandledMessage
-        if issubclass(kind, MessageState):
-            return lambda job: job.message.state
-        if issubclass(kind, Queue):
-            return lambda job: self._queue
-        if issubclass(kind, Pond):
-            return lambda job: self._pond
-        assert portal is not None
-        if issubclass(kind, SyncMessage):
-            return lambda job: PROXIES[Message](portal, HandledMessage(job))
-        if issubclass(kind, SyncMessageState):
-            return lambda job: PROXIES[MessageState](portal, job.message.state)
-        if issubclass(kind, SyncQueue):
-            return lambda job: PROXIES[Queue](portal, self._queue)
-        pond = SyncPond(self._pond)
-        pond._portal = portal
-        return lambda job: pond
-
     def _outcome(self, job: Job, error: BaseException | None, unfit: bool) -> Outcome:
-        """What becomes of a message whose handler did not return, or not in time."""
-        policy, message = self.consumer.retry, job.message
-        if job.why == "stop":
-            return Outcome("defer", reason="the worker is leaving")
-        if job.why == "time":
-            text = f"took longer than its time limit of {self.consumer.time_limit:g} s"
-            delay = policy.delay(message.failures + 1, None, self._pond.ids)
-            kept = {"type": "TimeLimit", "message": text, "traceback": ""}
-            if error is not None and not isinstance(error, RaisedInProcess):
-                kept["traceback"] = details(error)["traceback"]
-            return Outcome("retry", min(delay, LONGEST_DELAY), text, kept)
-        assert error is not None
-        if unfit:
-            text = clean(f"the payload does not fit: {' '.join(str(error).split())}", REASON_LIMIT)
-            kept = {"type": "Unfit", "message": clean(str(error), MESSAGE_LIMIT), "traceback": ""}
-            return Outcome("dead", reason=text, error=kept)
-        if isinstance(error, Defer):
-            return Outcome("defer", min(error.delay, LONGEST_DELAY), error.reason)
-        if isinstance(error, RaisedInProcess):
-            found, cause = error.details, error.original
-            text = clean(" ".join(f"{found['type']}: {found['message']}".split()), REASON_LIMIT)
-        else:
-            found, cause, text = details(error), error, reason(error)
-        if isinstance(error, GiveUp):
-            if error.__cause__ is not None:
-                found = details(error.__cause__)
-            return Outcome("dead", reason=clean(error.reason, REASON_LIMIT) or "given up", error=found)
-        if isinstance(cause, policy.give_up_on):
-            return Outcome("dead", reason=text, error=found)
-        if isinstance(error, Retry):
-            if error.__cause__ is not None:
-                found = details(error.__cause__)
-            if error.after is not None:
-                return Outcome("retry", min(error.after, LONGEST_DELAY), error.reason or text, found)
-        delay = policy.delay(message.failures + 1, cause, self._pond.ids)
-        return Outcome("retry", min(delay, LONGEST_DELAY), text, found)
+        return decide(self.consumer, job.message.failures, job.why, error, unfit, self._pond.ids)
 
     # Answering
 
@@ -449,7 +402,9 @@ class Line:
         self._log(job, outcome)
         await self._tell_error(job, error, outcome)
         if outcome.kind == "dead":
-            await self._answer(job, "dead", lambda kept: message.bury(outcome.reason, kept), outcome.error)
+            # A character takes 4 bytes at most, and the encoding some more.
+            text = outcome.reason[: max(1, self._pond.config.max_error_bytes // 8)]
+            await self._answer(job, "dead", lambda kept: message.bury(text, kept), outcome.error)
         elif outcome.kind == "defer":
             await self._answer(job, "defer", lambda kept: message.defer(outcome.delay))
         else:
@@ -460,7 +415,7 @@ class Line:
             try:
                 await hook(job.context, error, outcome)
             except Exception:  # a user's hook, which may raise anything; the answer must not depend on it
-                log.exception("millpond.worker.hook_failed", extra={"consumer": self.consumer.name})
+                log.error("millpond.worker.hook_failed", exc_info=True, extra={"consumer": self.consumer.name})
 
     def _log(self, job: Job, outcome: Outcome) -> None:
         if outcome.kind == "defer":
@@ -488,9 +443,11 @@ class Line:
             except LeaseLost as refused:
                 await self._lose(job, str(refused))
             except TooLarge:
-                if error is None or not error.get("traceback"):
+                if error is None:
                     raise
-                error = {"type": error["type"][:200], "message": error["message"][:200], "traceback": ""}
+                # What the pond's limit leaves room for: without the traceback, or nothing.
+                short = {"type": error["type"][:200], "message": error["message"][:200], "traceback": ""}
+                error = None if error == short else short
             except FATAL:
                 raise
             except MillpondError as failure:
@@ -570,7 +527,7 @@ class Line:
             try:
                 await hook(job.context, kind)
             except Exception:  # as in `_tell_error`
-                log.exception("millpond.worker.hook_failed", extra={"consumer": self.consumer.name})
+                log.error("millpond.worker.hook_failed", exc_info=True, extra={"consumer": self.consumer.name})
 
     async def _lose(self, job: Job, why: str) -> None:
         """The answer was refused."""
@@ -656,13 +613,16 @@ class Line:
         """Leave nothing behind; what is unanswered now comes back when its lease ends."""
         if self.held:
             log.error("millpond.worker.unanswered", extra={"consumer": self.consumer.name, "messages": len(self.held)})
+        self._closed = True
         if self._deadline is not None:
             self._deadline.cancel()
-        left = [task for task in (self._taker, *self._tasks) if task is not None and not task.done()]
+        jobs = [job.task for job in {**self.held, **self.running}]
+        left = [task for task in (self._taker, *self._tasks, *jobs) if task is not None and not task.done()]
         for task in left:
             task.cancel()
         if left:
-            await asyncio.wait(left)
+            # Not for ever: a handler may refuse to be cancelled.
+            await asyncio.wait(left, timeout=LAST_WAIT)
         if self._threads is not None:
             self._threads.close()
         if self._processes is not None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -61,6 +61,9 @@ class Defer(HandlerAnswer):
 
 Kind = Literal["ack", "retry", "dead", "defer", "lost", "answered"]
 """``answered``: the handler did it itself. ``lost``: somebody else may have the message, and nothing was answered."""
+
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -7,6 +7,7 @@ parameters are looked at when a worker starts, and only the options are checked 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -65,13 +66,22 @@ class Consumer(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 class Registrations:
     """What a pond knows of its handlers; a base class of ponds, so that registering needs nothing to be open."""
 
-    def __init__(self) -> None:
-        self.consumers: dict[str, Consumer] = {}
+    # Made when first asked for: a pond that only queues pays nothing, and every kind of pond has them.
+
+    @cached_property
+    def consumers(self) -> dict[str, Consumer]:
         """By name, in order of registration."""
-        self.middleware: list[Middleware] = []
+        return {}
+
+    @cached_property
+    def middleware(self) -> list[Middleware]:
         """Around every consumer's handlers, outside of the consumer's own."""
-        self.services: list[Service] = []
+        return []
+
+    @cached_property
+    def services(self) -> list[Service]:
         """Run by each worker beside the consumers."""
+        return []
 
     def register(self, consumer: Consumer) -> None:
         """Add a consumer. Raises InvalidInput when there is one of that name."""

@@ -16,6 +16,8 @@ from millpond.worker.hooks import Middleware, Service
 from millpond.worker.jobs import Job, pause
 from millpond.worker.leases import LoopRenewals, Renewals, ThreadRenewals
 from millpond.worker.line import Line, overridden
+from millpond.worker.outcomes import KINDS
+from millpond.worker.processes import address
 from millpond.worker.registry import Consumer
 
 log = logging.getLogger("millpond.worker")
@@ -50,6 +52,9 @@ class Worker:
         """``consumers``: which of the pond's, by name, or others; default all of them. ``middleware``: outside of the
         pond's. ``services``: default the pond's. ``owner``: the holder of the leases, as operators see it; default host
         and process. ``grace``: seconds that handlers have to end when it stops. Raises InvalidInput."""
+        given: Any = pond
+        if not isinstance(given, Pond):
+            raise InvalidInput(f"a worker runs on a pond from millpond.connect(url), not on a {type(given).__name__}")
         self.pond = pond
         chosen: list[Consumer] = []
         for each in pond.consumers.values() if consumers is None else consumers:
@@ -66,6 +71,9 @@ class Worker:
                 f"a worker runs a consumer once; give one of them another name: {', '.join(sorted(twice))}"
             )
         self._bound = [Bound(consumer) for consumer in chosen]
+        for bound in self._bound:
+            if bound.run_in == "process":
+                address(bound.consumer)
         self._services = list(pond.services if services is None else services)
         if not self._bound and not self._services:
             raise InvalidInput("there is nothing to run: register a function with @pond.consumer(queue)")
@@ -78,6 +86,10 @@ class Worker:
         self._hurry = asyncio.Event()
         self._failure: BaseException | None = None
         self._lines: list[Line] = []
+
+    def add_service(self, service: Service) -> None:
+        """Also run this beside the consumers; before `run`."""
+        self._services.append(service)
 
     @property
     def stopping(self) -> bool:
@@ -92,10 +104,10 @@ class Worker:
     def counts(self) -> dict[str, int]:
         """What became of the messages: ``ack``, ``retry``, ``dead``, ``defer``, ``lost``, ``answered`` (by the handler
         itself)."""
-        total: dict[str, int] = {}
+        total: dict[str, int] = dict.fromkeys(KINDS, 0)
         for line in self._lines:
             for kind, count in line.counts.items():
-                total[kind] = total.get(kind, 0) + count
+                total[kind] += count
         return total
 
     def stop(self, *, grace: float | None = None) -> None:
@@ -189,7 +201,7 @@ class Worker:
             except StoreClosed:
                 return
             except Exception:  # a user's or a scheduler's own; it is told, and tried again
-                log.exception("millpond.worker.service_failed", extra={"service": service.name})
+                log.error("millpond.worker.service_failed", exc_info=True, extra={"service": service.name})
             await pause(self.pond.clock, min(LONGEST_SERVICE_PAUSE, SERVICE_PAUSE * 2.0 ** min(times, 10)))
             times += 1
 

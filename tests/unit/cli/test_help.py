@@ -23,7 +23,7 @@ GLOBAL_VARIABLES = {
 }
 PER_CALL = {
     *("--message", "--lease", "--token", "--from-json", "--after", "--dedup-key", "--ordering-key", "--correlation-id"),
-    *("--attribute", "--attributes", "--file", "--output", "--output-dir", "--all", "--yes", "--id"),
+    *("--attribute", "--attributes", "--file", "--output", "--output-dir", "--all", "--yes", "--id", "--check"),
     "--expires-in",
 }
 """What belongs to one call alone: an environment variable would do it to every call."""

@@ -417,6 +417,18 @@ async def test_a_policy_is_read_changed_and_reset() -> None:
         assert (policy["max_attempts"], policy["on_expired"]) == (None, "discard")
 
 
+async def test_live_messages_are_browsed_page_by_page_whatever_they_wait_for() -> None:
+    async with testing.pond() as pond, running(pond) as url:
+        ids = [(await pond.queue("q").enqueue(b"x", delay=60 * number)).message_id for number in range(3)]
+        await pond.queue("q").receive()
+        first = await done(url, "queue/browse", {"queue": "q", "limit": 2})
+        rest = await done(url, "queue/browse", {"queue": "q", "limit": 2, "cursor": first["next_cursor"]})
+        assert [one["message_id"] for one in first["messages"] + rest["messages"]] == ids
+        assert [one["state"] for one in first["messages"]] == ["leased", "delayed"]
+        behind = await done(url, "queue/browse", {"queue": "q", "after": ids[0]})
+        assert [one["message_id"] for one in behind["messages"]] == ids[1:]
+
+
 async def test_dead_letters_are_listed_page_by_page_redriven_and_purged() -> None:
     async with testing.pond() as pond, running(pond) as url:
         await pond.queue("q").enqueue_many([b"1", b"2", b"3"])
