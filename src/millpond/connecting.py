@@ -50,7 +50,10 @@ def connect(
             raise InvalidInput("keyring, config and accept_plain belong to the server of this URL: give them to it")
         from millpond.client.pond import RemotePond
 
-        return RemotePond(url, clock=clock, token=token, ca=ca, cert=cert, key=key, timeout=timeout)
+        remote = RemotePond(url, clock=clock, token=token, ca=ca, cert=cert, key=key, timeout=timeout)
+        if clock is None:
+            remote._twin = lambda: RemotePond(url, token=token, ca=ca, cert=cert, key=key, timeout=timeout)
+        return remote
     given = {"token": token, "ca": ca, "cert": cert, "key": key, "timeout": timeout}
     if wrong := [name for name, value in given.items() if value is not None]:
         raise InvalidInput(f"{', '.join(wrong)} is of use with a server's URL only (http:// or https://)")

@@ -49,6 +49,7 @@ class RemotePond(Pond):
         **options: Any,
     ) -> None:
         """For its URL and options see `millpond.connect`. Connects to nothing. Raises InvalidInput."""
+        super(Pond, self).__init__()  # what it knows of handlers; the rest of a pond is a store's
         address = parse(url, options)
         self.clock = clock or SystemClock()
         self.config = Config()
@@ -60,6 +61,7 @@ class RemotePond(Pond):
         self._opened = False
         self._closed = False
         self._process = 0
+        self._twin = None
 
     def __getattr__(self, name: str) -> Any:
         if name in ("store", "service", "dispatcher"):

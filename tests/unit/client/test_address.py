@@ -12,6 +12,7 @@ import pytest
 import millpond
 from millpond import Config, InvalidInput, Keyring
 from millpond.client.address import parse
+from millpond.client.pond import RemotePond
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,20 @@ async def test_what_needs_the_store_itself() -> None:
     assert not hasattr(pond, "colour")
     assert pond.requests().total.total == 0
     assert not pond.capabilities.requests_cost_money
+
+
+def test_what_workers_ask_of_a_pond() -> None:
+    pond = millpond.connect("http://a:1?timeout=5", token="t")
+    assert not pond.is_open
+    twin = pond.twin()
+    assert isinstance(twin, RemotePond)
+    assert twin is not pond
+    assert (twin.transport.where, twin.transport._address) == ("http://a:1", pond.transport._address)  # type: ignore[attr-defined]
+
+    @pond.consumer("orders")
+    async def handle(payload: bytes) -> None: ...
+
+    assert list(pond.consumers) == ["handle"]
 
 
 def test_a_local_store_loads_nothing_of_it() -> None:
