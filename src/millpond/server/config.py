@@ -74,8 +74,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """From the signal to stop until new connections are refused: consumers answer what they hold."""
     shutdown_timeout: float = 10.0
     """From then on until what is still under way is cut off. Both are within the 30 s that Kubernetes waits."""
-    default_visibility: float = 30.0
-    """Of a dequeue by lockd's protocol that asks for none."""
     max_visibility: float = 1800.0
     """Longer wishes of a dequeue by lockd's protocol are cut to this."""
     log_format: Literal["auto", "text", "json"] = "auto"

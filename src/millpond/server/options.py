@@ -119,7 +119,6 @@ SETTINGS: tuple[Setting, ...] = (
         "duration",
         "From then on, for requests under way, until they are cut off.",
     ),
-    Setting("default_visibility", "lockd.default_visibility", "duration", "Lease of a dequeue that asks for none."),
     Setting("max_visibility", "lockd.max_visibility", "duration", "Longest lease of a dequeue; longer wishes are cut."),
     Setting(
         "log_format",
