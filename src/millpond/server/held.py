@@ -79,6 +79,7 @@ class Held:
     def drop(self, delivery: Delivery) -> None:
         """Forget a message that was answered, or is somebody else's by now; whoever streamed it is told. What is known
         of another lease on it stays: a late answer says nothing about who holds the message now."""
+        self.recent.add(delivery.id)
         kept = self._held.get(delivery.id)
         if kept is not None and kept.lease_id == delivery.lease_id:
             del self._held[delivery.id]

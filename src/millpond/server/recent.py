@@ -1,8 +1,8 @@
-"""Which messages were handed out lately by this process: for enqueues that are sent again because no reply came.
+"""Which messages were handed out or answered lately by way of this process: for enqueues that are sent again.
 
 The store recognises a repetition by its id while the message is there. One whose first try went through may have been
-delivered and acked before it is sent again; of that only this remembers, also when the first try went to a process that
-was killed. It is bounded, and other processes have their own.
+delivered and acked before it is sent again; of that only this remembers, where this process took the ack, whoever took
+the first try. It is bounded, and other processes have their own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ten seconds: repetitions come within milliseconds, or as soon as a server is bac
 
 
 class Recent:
-    """The ids of the latest deliveries, in two generations: the older is forgotten when the younger is full."""
+    """The ids of the latest deliveries and answers, in two generations: a full one takes the place of the older."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
@@ -21,7 +21,7 @@ class Recent:
         self._old: set[str] = set()
 
     def add(self, id: str) -> None:
-        """It is being handed out."""
+        """It is being handed out, or was answered."""
         self._young.add(id)
         if len(self._young) >= self._capacity:
             self._old, self._young = self._young, set()
