@@ -45,7 +45,7 @@ def refused(result: Result, text: str) -> None:
         ("", "opens no store by ''"),
         ("pond.db", "opens no store by 'pond.db'"),
         ("/tmp/pond.db", "opens no store by '/tmp/pond.db'"),
-        ("http://[bad", "is not a URL"),
+        ("http://[bad", "'http://[bad'"),
         ("sqlite:///", "names no file"),
         ("sqlite:/pond.db", "names no file: write sqlite:///relative/path.db or sqlite:////absolute/path.db"),
         ("sqlite:pond.db", "names no file"),

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tests.unit.service.far import Far
 
-import millpond.pond
+import millpond.connecting
 from millpond import PondRequests, QueueRequests, Requests
 from millpond.cli import cost
 from millpond.cli.app import app
@@ -43,7 +43,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Bucket:
     store = Bucket("s3")
     # Each command opens and closes a handle of its own.
     monkeypatch.setattr(store, "close", _nothing, raising=False)
-    monkeypatch.setattr(millpond.pond, "open_store", lambda url, clock: store)
+    monkeypatch.setattr(millpond.connecting, "open_store", lambda url, clock: store)
     return store
 
 
