@@ -129,6 +129,14 @@ class Disk(apsw.VFS):
         except apsw.Error as error:
             raise OSError(errno.EIO, os.strerror(errno.EIO), path) from error
 
+    def sync_log(self, path: str) -> None:
+        """In place of `millpond.stores.sqlite.schema.sync_log`, likewise."""
+        log = os.path.basename(path) + "-wal"
+        try:
+            self.do(Operation("sync", log, self._present[log]), lambda: None)
+        except apsw.Error as error:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path) from error
+
     def xOpen(self, name: str | apsw.URIFilename | None, flags: list[int]) -> apsw.VFSFile:
         """A temporary file (no name) is nobody's concern after a power loss."""
         self.power()

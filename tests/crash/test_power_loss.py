@@ -21,10 +21,10 @@ from tests.crash.power import Disk, Fate, Medium, Operation, Quiet, Trouble
 from tests.crash.workload import CONFIG, INLINE, STEPS, Workload, check, live_on, refuse_stale_answers, run
 from tests.model.model import Model
 
-from millpond.errors import MillpondError, StoreError, StoreFull
+from millpond.errors import MillpondError, OutcomeUnknown, StoreError, StoreFull
 from millpond.message import Message
 from millpond.model.clock import ManualClock
-from millpond.stores.sqlite import SqliteStore, opening, schema
+from millpond.stores.sqlite import SqliteStore, opening, schema, writer
 from millpond.testing import pond
 
 ALL = bool(os.environ.get("MILLPOND_CRASH_ALL"))
@@ -72,10 +72,14 @@ class Stage:
         self.clock = ManualClock()
         self.disk = Disk(trouble)
         monkeypatch.setattr(opening, "sync_directory", self._sync_directory)
+        monkeypatch.setattr(writer, "sync_log", self._sync_log)
         self.work = Workload(self._store, self.clock)
 
     def _sync_directory(self, path: str) -> None:
         (self.disk.sync_directory if path == str(self.path) else schema.sync_directory)(path)
+
+    def _sync_log(self, path: str) -> None:
+        (self.disk.sync_log if path == str(self.path) else schema.sync_log)(path)
 
     def _store(self) -> SqliteStore:
         return SqliteStore(self.path, clock=self.clock, inline_limit=INLINE, vfs=self.disk.vfs_name)
@@ -180,7 +184,15 @@ def spread(fraction: int) -> Callable[[int, str], bool]:
     return lambda count, fate: ALL or (count * 7 + offsets[fate] * 3) % fraction == 0
 
 
-def test_nothing_acknowledged_is_lost_with_the_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+EARLY = pytest.mark.parametrize("early", [False, True], ids=["synced with the commit", "synced after it"])
+"""With others waiting, the lock is given back before the log is synced."""
+
+
+@EARLY
+def test_nothing_acknowledged_is_lost_with_the_power(
+    early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.Writer, "always_early", early)
     made = record(tmp_path / "origin", monkeypatch)
     cases, kinds = survive_losses(made, tmp_path, spread(17))
     assert cases > 80
@@ -198,6 +210,15 @@ def test_a_store_that_does_not_sync_is_found_out(level: str, tmp_path: Path, mon
         return connection
 
     monkeypatch.setattr(opening, "connect", careless)
+    made = record(tmp_path / "origin", monkeypatch)
+    with pytest.raises(AssertionError, match="power lost after"):
+        survive_losses(made, tmp_path, lambda count, fate: count % 20 == 0 and fate == "lost")
+
+
+def test_a_sync_that_is_left_out_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this harness, likewise."""
+    monkeypatch.setattr(writer.Writer, "always_early", True)
+    monkeypatch.setattr(Disk, "sync_log", lambda disk, path: None)
     made = record(tmp_path / "origin", monkeypatch)
     with pytest.raises(AssertionError, match="power lost after"):
         survive_losses(made, tmp_path, lambda count, fate: count % 20 == 0 and fate == "lost")
@@ -238,8 +259,13 @@ async def trouble(stage: Stage, kept: list[dict[str, Model]], folder: Path) -> M
     return error
 
 
-@pytest.mark.parametrize("how", ["before", "middle", "after", "error", "full"])
-def test_a_process_is_told_of_trouble_with_its_disk(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("how", "early"), [(how, False) for how in ("before", "middle", "after", "error", "full")] + [("middle", True)]
+)
+def test_a_process_is_told_of_trouble_with_its_disk(
+    how: str, early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer.Writer, "always_early", early)
     made = record(tmp_path / "origin", monkeypatch)
     last = made.answered[-1].operations
     told: set[type[MillpondError]] = set()
@@ -255,4 +281,5 @@ def test_a_process_is_told_of_trouble_with_its_disk(how: str, tmp_path: Path, mo
             told.add(type(error))
             assert str(stage.path) in str(error), f"{error} does not say which file"
     # A file that there is no room to create is one that cannot be opened, to SQLite.
-    assert told == {StoreError} if how != "full" else {StoreFull} <= told <= {StoreFull, StoreError}
+    expected = {StoreError, OutcomeUnknown} if early else {StoreError}
+    assert told == expected if how != "full" else {StoreFull} <= told <= {StoreFull, StoreError}

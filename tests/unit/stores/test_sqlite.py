@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import apsw
 import pytest
 
 import millpond
-from millpond.errors import StoreBusy, StoreClosed, StoreError, StoreFull, StoreMismatch
+from millpond.errors import OutcomeUnknown, StoreBusy, StoreClosed, StoreError, StoreFull, StoreMismatch
 from millpond.stores.sqlite import writer
 from millpond.stores.sqlite.lock import Turnstile
 
@@ -206,6 +208,25 @@ def test_whoever_is_next_in_line_looks_for_a_moment_and_then_waits_in_the_thread
         assert len(looks) > 1
         assert not any(looks)
 
+    run(path, scenario)
+
+
+def test_a_log_that_cannot_be_synced_leaves_it_open_whether_that_was_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(pond: millpond.Pond) -> None:
+        def refuse(path: str) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+        queue = pond.queue("q")
+        with monkeypatch.context() as broken:
+            broken.setattr(writer, "sync_log", refuse)
+            with pytest.raises(OutcomeUnknown, match=r"work\.db was written, but the disk did not confirm it"):
+                await queue.enqueue(b"perhaps")
+        await queue.enqueue(b"surely")
+        assert [message.payload for message in await queue.receive(2)] == [b"perhaps", b"surely"]
+
+    monkeypatch.setattr(writer.Writer, "always_early", True)
     run(path, scenario)
 
 

@@ -144,6 +144,22 @@ def migrate(
     return int(version)
 
 
+def sync_log(path: str) -> None:
+    """Make everything durable that is in the log of the database at ``path``, whoever wrote it. Raises OSError.
+
+    For transactions that were committed with ``synchronous = NORMAL``: their frames are in the log, in order and with
+    checksums, and the log is always synced before it is brought into the database."""
+    descriptor = os.open(f"{path}-wal", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _sync_data(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_sync_data = getattr(os, "fdatasync", os.fsync)
+"""macOS has no fdatasync."""
+
+
 def sync_directory(path: str) -> None:
     """Make the directory entry of a new file at ``path`` durable."""
     descriptor = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)

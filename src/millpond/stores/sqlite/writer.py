@@ -9,7 +9,10 @@ and of the lock:
   the thread begin before it goes on: a thread that wants the GIL of a busy loop gets it after 5 ms, and a COMMIT that
   begins only then is one that the loop waits for.
 - Where other processes wait for the lock, the loop commits by itself as long as that takes next to no time: the thread
-  would want the GIL once more to give the lock back, and all processes would wait for that.
+  would want the GIL once more to give the lock back, and all processes would wait for that. And the lock is given back
+  as soon as the transaction is in the log, before the log is on the disk: the fsync is most of a COMMIT, and others can
+  write meanwhile. Nobody is answered before it is done. What others build on such a transaction comes behind it in the
+  log, so that their fsync makes both durable.
 - The next in line for the lock looks for it from the loop, as long as others keep it for a moment only: by the time
   that a thread has told the loop of it, half a transaction could have been written.
 - A lock that is waited for longer is waited for in the thread and offered to the loop; if the loop does not come for it
@@ -32,7 +35,7 @@ from typing import Any
 
 import apsw
 
-from millpond.errors import MillpondError, StoreBusy, StoreClosed, StoreError, StoreFull
+from millpond.errors import MillpondError, OutcomeUnknown, StoreBusy, StoreClosed, StoreError, StoreFull
 from millpond.model.clock import Clock, TimerHandle
 from millpond.stores.base import Op, Outcome, QueueName, Removed, Updated
 from millpond.stores.sqlite.apply import Applier, Take
@@ -40,6 +43,7 @@ from millpond.stores.sqlite.calls import Batch, Call, Job, Offer, Place
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
 from millpond.stores.sqlite.room import Gauge
+from millpond.stores.sqlite.schema import sync_log
 from millpond.stores.sqlite.threads import Background, tell
 
 MAX_OPS = 1000
@@ -56,8 +60,8 @@ MAX_BYTES = 16 * 1024 * 1024
 """Payload bytes after which a transaction takes no further call: about one WAL's worth."""
 LOOK = 0.002
 """Seconds for which the next in line looks for the lock from the loop."""
-LOOK_EVERY = 0.00002
-"""Seconds between such looks; the kernel makes 70 µs of it."""
+LOOK_EVERY = 0.00025
+"""Seconds between such looks. With fewer the lock lies idle, with more the looks take time from the others."""
 GRACE = 0.005
 """Seconds that the loop has to come for the lock: the interpreter's own switch interval."""
 STRANGER = 0.005
@@ -67,6 +71,9 @@ STRANGER = 0.005
 class Writer:
     """All writing of one store. Used from the event loop only; ``committed`` is called there after each commit with
     the queues that changed."""
+
+    always_early = False
+    """Give the lock back before the log is synced also when nobody waits for it; so that tests can."""
 
     def __init__(
         self,
@@ -88,6 +95,8 @@ class Writer:
         self._busy_timeout = busy_timeout
         self._report = committed
         self._thread = Background("millpond-writer")
+        self._early = False
+        """The transaction is committed without a sync, which follows when the lock was given back."""
         self._begun = threading.Lock()
         """Held from when a COMMIT is posted until the thread begins it."""
         self._commit_seconds = QUICK
@@ -213,7 +222,7 @@ class Writer:
             self._next_in_line(place, time.perf_counter())
         else:
             try:
-                self._applier.execute("BEGIN IMMEDIATE")
+                self._begin(self.always_early)
             except apsw.BusyError:
                 began = time.perf_counter()
                 self._wait(lambda: self._begin_in_thread(began))
@@ -363,7 +372,7 @@ class Writer:
             return
         waited = time.perf_counter() - since
         try:
-            self._applier.execute("BEGIN IMMEDIATE")
+            self._begin(True)
         except apsw.BusyError:
             self._thread.post(lambda: self._begin_in_thread(since))
             return
@@ -476,10 +485,22 @@ class Writer:
         self._lock.release()
         if error is None:
             self._applier.committed()
+            if self._early:
+                error = self._sync_log()
             batch.seconds = time.perf_counter() - began
             self._commit_seconds += (batch.seconds - self._commit_seconds) / 16
-        else:
+        if error is not None:
             self._fail(batch, error)
+
+    def _sync_log(self) -> StoreError | None:
+        try:
+            sync_log(self._path)
+        except OSError as failure:
+            return OutcomeUnknown(
+                f"{self._path} was written, but the disk did not confirm it ({failure}): it may be gone after a power "
+                "loss. Look at the disk"
+            )
+        return None
 
     # In the thread
 
@@ -508,7 +529,7 @@ class Writer:
             if not self._pending:
                 break
             try:
-                self._applier.execute("BEGIN IMMEDIATE")
+                self._begin(True)
             except apsw.BusyError:
                 time.sleep(STRANGER)
                 continue
@@ -566,6 +587,13 @@ class Writer:
 
     # In either
 
+    def _begin(self, early: bool) -> None:
+        """Begin a transaction; ``early``: others wait, so it is to be synced when they can go on. Raises apsw.Error."""
+        if early is not self._early:
+            self._applier.execute(f"PRAGMA synchronous = {'NORMAL' if early else 'FULL'}")
+            self._early = early
+        self._applier.execute("BEGIN IMMEDIATE")
+
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
             self._applier.execute("ROLLBACK")
@@ -576,7 +604,7 @@ class Writer:
             self._applier.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _fail(self, batch: Batch, error: StoreError) -> None:
-        """Nothing of the batch was applied: all its callers hear why."""
+        """Nothing of the batch was applied, or nobody knows: all its callers hear why."""
         self.numbers["failed_commits"] += 1
         batch.wrote = False
         for call in batch.calls:
