@@ -211,6 +211,25 @@ def test_whoever_is_next_in_line_looks_for_a_moment_and_then_waits_in_the_thread
     run(path, scenario)
 
 
+def test_who_is_told_of_a_duplicate_waits_until_that_is_on_the_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(writer, "sync_log", synced.append)
+
+    async def scenario(pond: millpond.Pond) -> None:
+        queue = pond.queue("q")
+        assert not (await queue.enqueue(b"x", dedup_key="k")).duplicate
+        assert not synced
+        assert await queue.receive(1)
+        assert not await queue.receive(1)
+        assert not synced
+        assert (await queue.enqueue(b"x", dedup_key="k")).duplicate
+        assert synced == [str(path)]
+
+    run(path, scenario)
+
+
 def test_a_log_that_cannot_be_synced_leaves_it_open_whether_that_was_written(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -257,9 +257,7 @@ class Writer:
             if batch.ops >= SPLIT_OPS:
                 self._begun.acquire(timeout=HAND_OVER)
             return
-        if self._connection.in_transaction:
-            self._applier.execute("COMMIT")
-        self._lock.release()
+        self._end_unwritten(batch)
         self._settle(batch)
         self._again()
 
@@ -566,9 +564,7 @@ class Writer:
         if batch.wrote:
             self._commit(batch)
         else:
-            if self._connection.in_transaction:
-                self._applier.execute("COMMIT")
-            self._lock.release()
+            self._end_unwritten(batch)
         tell(self._loop, self._done, batch)
 
     def _run_job(self, job: Job) -> None:
@@ -593,6 +589,16 @@ class Writer:
             self._applier.execute(f"PRAGMA synchronous = {'NORMAL' if early else 'FULL'}")
             self._early = early
         self._applier.execute("BEGIN IMMEDIATE")
+
+    def _end_unwritten(self, batch: Batch) -> None:
+        if self._connection.in_transaction:
+            self._applier.execute("COMMIT")
+        self._lock.release()
+        if any(call.request.__class__ is not Take for call in batch.calls):
+            # They are told of what is there already, which another process may have written but not synced yet.
+            error = self._sync_log()
+            if error is not None:
+                self._fail(batch, error)
 
     def _roll_back(self) -> None:
         if self._connection.in_transaction:
