@@ -7,8 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import apsw
+
+from millpond.errors import StoreError
 from millpond.stores.base import Insert, PutDocument, PutState, QueueName, Reseal
 from millpond.stores.sqlite.apply import Take
+from millpond.stores.sqlite.failures import translate
 
 GROW = (Insert, PutState, PutDocument, Reseal)
 """Ops that need room on the disk."""
@@ -119,3 +123,25 @@ class Place:
         with self.mutex:
             self.loops = False
             return self.settled
+
+
+_CALLERS_FAULT = (apsw.TooBigError, apsw.ConstraintError, apsw.MismatchError, apsw.RangeError)
+"""What SQLite says of one statement's values; anything else it says concerns the whole transaction."""
+
+
+def blame(error: Exception, current: Call | None, calls: list[Call]) -> list[Call]:
+    """Which of the calls of a transaction that failed while ``current`` was applied have to fail with it."""
+    if isinstance(error, apsw.FullError):
+        return [call for call in calls if call.grows] or calls
+    if current is not None and (not isinstance(error, apsw.Error) or isinstance(error, _CALLERS_FAULT)):
+        return [current]
+    return calls
+
+
+def own(error: Exception, path: str) -> Exception:
+    """The error for one caller: of the store's own, each gets an instance, since a raised one grows a traceback."""
+    if isinstance(error, apsw.Error):
+        return translate(error, path)
+    if isinstance(error, StoreError):
+        return type(error)(str(error))
+    return error

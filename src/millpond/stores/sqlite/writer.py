@@ -39,7 +39,7 @@ from millpond.errors import MillpondError, OutcomeUnknown, StoreBusy, StoreClose
 from millpond.model.clock import Clock, TimerHandle
 from millpond.stores.base import Op, Outcome, QueueName, Removed, Updated
 from millpond.stores.sqlite.apply import Applier, Take
-from millpond.stores.sqlite.calls import Batch, Call, Job, Offer, Place
+from millpond.stores.sqlite.calls import Batch, Call, Job, Offer, Place, blame, own
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
 from millpond.stores.sqlite.room import Gauge
@@ -162,7 +162,7 @@ class Writer:
             call.since = self._clock.monotonic()
         elif not self._scheduled and not self._away:
             self._scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._gather, 0)
         return future
 
     def job(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -201,6 +201,15 @@ class Writer:
         report(before not in {0, self._data_version})
 
     # On the loop
+
+    def _gather(self, before: int) -> None:
+        """Begin a transaction once a turn of the loop brings no further call. Who comes by network comes turn by turn,
+        and a transaction for the first would make the rest wait for it (a server does a sixth more with this)."""
+        waiting = len(self._pending)
+        if before < waiting < SPLIT_OPS:
+            self._loop.call_soon(self._gather, waiting)
+        else:
+            self._flush()
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -652,9 +661,9 @@ class Writer:
                 if current is not None:
                     calls.append(current)
                 calls += again
-                blamed = _blame(error, current, calls)
+                blamed = blame(error, current, calls)
                 for call in blamed:
-                    call.error = _own(error, self._path)
+                    call.error = own(error, self._path)
                 failed += blamed
                 again = deque(call for call in calls if call.error is None)
                 calls = []
@@ -669,25 +678,3 @@ class Writer:
         batch.ops = ops
         batch.changed, batch.doomed, batch.tight = applier.changed, applier.doomed, room.tight
         return batch
-
-
-_CALLERS_FAULT = (apsw.TooBigError, apsw.ConstraintError, apsw.MismatchError, apsw.RangeError)
-"""What SQLite says of one statement's values; anything else it says concerns the whole transaction."""
-
-
-def _blame(error: Exception, current: Call | None, calls: list[Call]) -> list[Call]:
-    """Which of the calls of a transaction that failed while ``current`` was applied have to fail with it."""
-    if isinstance(error, apsw.FullError):
-        return [call for call in calls if call.grows] or calls
-    if current is not None and (not isinstance(error, apsw.Error) or isinstance(error, _CALLERS_FAULT)):
-        return [current]
-    return calls
-
-
-def _own(error: Exception, path: str) -> Exception:
-    """The error for one caller: of the store's own, each gets an instance, since a raised one grows a traceback."""
-    if isinstance(error, apsw.Error):
-        return translate(error, path)
-    if isinstance(error, StoreError):
-        return type(error)(str(error))
-    return error
