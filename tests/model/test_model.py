@@ -2,7 +2,8 @@
 random steps on two ponds that share a store, beside a model.
 
 MILLPOND_MODEL_EXAMPLES sets how many sequences of steps are tried on each store, with fresh chance; without it a fixed
-set, the same in each run.
+set, the same in each run. What fails is told as it was found; MILLPOND_MODEL_SHRINK=1 looks for the shortest sequence
+that fails, which takes minutes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from tests.model.faulty import FaultyDeletingMachine, FaultyObjectsMachine
 from tests.model.machine import (
@@ -24,6 +25,7 @@ from tests.model.machine import (
     SqliteMachine,
 )
 
+SHRINK = [Phase.shrink] if os.environ.get("MILLPOND_MODEL_SHRINK") else []
 LONG = int(os.environ.get("MILLPOND_MODEL_EXAMPLES", "0"))
 
 
@@ -34,6 +36,7 @@ def _settings(examples: int) -> settings:
         derandomize=not LONG,
         deadline=None,
         print_blob=True,
+        phases=[Phase.explicit, Phase.generate, *SHRINK],
         database=None,
         suppress_health_check=list(HealthCheck),
     )
