@@ -127,8 +127,9 @@ class Message:
         raised when it cannot be read (Tampered, UnknownKey), StoreCorrupt when it is not what was enqueued."""
         payload = self._delivery.payload
         if payload is None:
-            if self._delivery.trouble is not None:
-                raise self._delivery.trouble
+            trouble = self._delivery.trouble
+            if trouble is not None:
+                raise type(trouble)(str(trouble))
             record = self._known()
             raise PayloadNotLoaded(
                 f"the payload of {record.head.payload_size} bytes is stored apart; use message.stream() or read()"
