@@ -130,21 +130,21 @@ async def many_taken_while_others_write(harness: Harness) -> None:
             return
         records = list(await put(store, *(insertion(n) for n in range(1, MANY + 1))))
 
-        async def taken(until: int) -> list[int]:
+        async def taken(until: int, limit: int) -> list[int]:
             results = await store.take(
                 "default",
                 "q",
                 NOW,
-                limit=MANY,
+                limit=limit,
                 decide=lambda stored: (change(stored, due=until, leased=True), numbers([stored])[0]),
             )
             return [tag for tag, outcome in results if isinstance(outcome, Updated)]
 
         first, removed, updated, second = await asyncio.gather(
-            taken(NOW + 1000),
+            taken(NOW + 1000, 10),
             store.write([removal(record) for record in records[::2]]),
             store.write([change(record, status=b"new", due=NOW + 5000) for record in records[1::2]]),
-            taken(NOW + 2000),
+            taken(NOW + 2000, MANY),
         )
         same(len(set(first) & set(second)), 0, "records taken twice")
         gone = {n for n, outcome in zip(range(1, MANY + 1, 2), removed, strict=True) if isinstance(outcome, Removed)}
