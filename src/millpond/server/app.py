@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from millpond.errors import MillpondError, StoreClosed, StoreError
 from millpond.server import lockd_routes, logs, native_routes, openapi
 from millpond.server.context import AsgiScope, Call, Context, CutOff, Disconnected, Handler, Receive, Send
+from millpond.server.heads import Heads
 from millpond.server.metrics import ServerMetrics
 from millpond.wire import faults, headers
 from millpond.wire.faults import Refusal
@@ -41,6 +42,7 @@ class App:
         self.hot: dict[str, Handler] = {**self._lockd, **native_routes.hot()}
         self.quick = {path.encode(): (path, handler) for path, handler in self.hot.items()}
         """The same by the bytes of a request's first line."""
+        self.heads = Heads()
         self.routes: list[BaseRoute] = [
             Route("/healthz", _asgi(healthz), methods=["GET", "POST"]),
             Route("/readyz", _asgi(readyz), methods=["GET", "POST"]),

@@ -22,6 +22,7 @@ from millpond.server.auth import PEER, Identity, certificate_identity, serial_nu
 from millpond.server.config import ServerConfig
 from millpond.server.context import AsgiScope
 from millpond.server.exchange import Exchange, FastProtocol
+from millpond.server.heads import beginning
 from millpond.wire import faults
 from millpond.wire.faults import Fault
 
@@ -158,6 +159,14 @@ class Connection(FastProtocol):
     def data_received(self, data: bytes) -> None:
         size = len(data)
         if self._stage == IDLE:
+            # The parser is between two requests, so that what it does not see it does not miss.
+            raw = beginning(data)
+            head = self._known.get(raw)
+            if head is not None and size == len(raw) + head.length:
+                self._stage, self._begun = BUSY, True
+                self.run_known(head, data[len(raw) :])
+                return
+            self._raw = raw
             self._stage, self._since, self._begun, self._fed = HEAD, self._watch.tick, True, 0
             self._first = size
         elif self._stage == LINGER:

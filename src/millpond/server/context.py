@@ -114,8 +114,10 @@ class Call:
         "_body_over",
         "_correlation",
         "_query",
+        "at_hand",
         "context",
         "identity",
+        "packed",
         "receive",
         "route",
         "scope",
@@ -140,6 +142,10 @@ class Call:
         self._correlation: str | None = None
         self._query: dict[str, str] | None = None
         self._body_over = False
+        self.at_hand: bytes | None = None
+        """The whole body of a POST, no larger than it may be, where it came at once with a head that was read before."""
+        self.packed: bool | None = None
+        """Then: whether that is MessagePack (true) or JSON; None where it takes a look to know."""
 
     # What was asked
 

@@ -6,6 +6,9 @@ of the hot routes whose body is small and said to be so is run by `App.run` on a
 knows as a `Call`. Everything else, and everything unusual (other methods, a query, chunks, ``Expect``, a request sent
 before the last answer), goes uvicorn's way, which ends in the same handlers; so nothing may be decided here.
 
+A head that was read before is not read again (`millpond.server.heads`), if its request comes in one piece on a connection
+that is free.
+
 Importing this module loads uvicorn.
 """
 
@@ -18,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header, too_large
-from millpond.server.protocol import Protocol
+from millpond.server.heads import Head
+from millpond.server.protocol import Protocol, lines_of
 from millpond.wire import headers
 
 if TYPE_CHECKING:
@@ -26,6 +30,11 @@ if TYPE_CHECKING:
 
 MAX_BODY = 65_536
 """Larger bodies are not collected here but read by their handlers, piece by piece."""
+MAX_SCOPES = 16
+"""Kinds of heads of which a connection remembers what handlers look at: a client has one for each route."""
+
+
+_OK = STATUS_LINE[200]
 
 
 class Signal:
@@ -64,10 +73,12 @@ class Exchange(Call):
         "waiting_for_100_continue",
     )
 
-    def __init__(self, connection: FastProtocol, app: App, scope: AsgiScope, *, keep_alive: bool) -> None:
+    def __init__(
+        self, connection: FastProtocol, app: App, scope: AsgiScope, *, keep_alive: bool, body: bytes = b""
+    ) -> None:
         super().__init__(app.context, scope, _no_receive, _no_send)
         self._connection = connection
-        self._body = b""
+        self._body = body
         self._chunked = False
         self._left = 0
         """Bytes that the answer still owes."""
@@ -126,6 +137,29 @@ class Exchange(Call):
         content_type: Header | None = JSON_HEADER,
         more: Iterable[Header] = (),
     ) -> None:
+        if status == 200 and content_type is not None and not more and self.keep_alive and not self.context.draining:
+            # Nearly all answers, in the order of the others.
+            correlation_id = self._correlation or self.correlation_id
+            connection = self._connection
+            if connection.flow.write_paused or not correlation_id.isprintable():
+                pass
+            else:
+                self.started = self.response_started = True
+                self.status = 200
+                if not self.disconnected:
+                    connection.transport.write(
+                        b"%b%bx-correlation-id: %b\r\ncontent-length: %d\r\n%b: %b\r\n\r\n%b"
+                        % (
+                            _OK,
+                            lines_of(connection.server_state.default_headers),
+                            correlation_id.encode(),
+                            len(body),
+                            *content_type,
+                            body,
+                        )
+                    )
+                self._finish()
+                return
         fields = [(headers.CORRELATION, self.correlation_id.encode()), *more]
         if status != 204:
             fields.append((b"content-length", b"%d" % len(body)))
@@ -175,13 +209,13 @@ class Exchange(Call):
             fields.append(SHUTDOWN_HEADER)
         self.started = self.response_started = True
         self.status = status
-        parts = [STATUS_LINE[status]]
-        parts += [b"%b: %b\r\n" % field for field in self._connection.server_state.default_headers]
+        defaults = self._connection.server_state.default_headers
+        parts = [STATUS_LINE[status], lines_of(defaults)]
         parts += [b"%b: %b\r\n" % field for field in fields]
         parts.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
         head = b"".join(parts)
         # Nothing that an answer is made of may end its line: no name of a type, no id, no etag.
-        lines = len(parts) if self.keep_alive else len(parts) + 1
+        lines = len(fields) + len(defaults) + (2 if self.keep_alive else 3)
         if head.count(b"\n") != lines or head.count(b"\r") != lines:
             self.started = self.response_started = False
             raise RuntimeError("a header of the answer has a line break in it")
@@ -224,6 +258,26 @@ class FastProtocol(Protocol):
         self._exchange: Exchange | None = None
         """The request that is coming in, where it is one for here."""
         self._handler: Handler | None = None
+        self._heads = application.heads
+        self._known = application.heads.known
+        self._raw = b""
+        """Up to the first empty line of what came at the beginning of a request."""
+        self._scopes: dict[Head, AsgiScope] = {}
+        """What handlers look at, by heads that came on this connection."""
+
+    def run_known(self, head: Head, body: bytes) -> None:
+        """A request whose head was read before, with its body; the connection is free."""
+        scope = self._scopes.get(head)
+        if scope is None:
+            scope = self.scope_of_request()
+            scope.update(path=head.path, method="POST", query_string=b"", headers=head.fields)
+            if len(self._scopes) >= MAX_SCOPES:
+                self._scopes.clear()
+            self._scopes[head] = scope
+        exchange = Exchange(self, self._application, scope, keep_alive=head.keep_alive, body=body)
+        exchange.at_hand, exchange.packed = body, head.packed
+        self.cycle = exchange  # type: ignore[assignment]
+        self.tasks.add(self.loop.create_task(self._run(exchange, head.handler)))
 
     def eof_received(self) -> None:
         """The client hung up. What was written it still reads; from here on nothing is, though uvicorn learns of it
@@ -240,6 +294,7 @@ class FastProtocol(Protocol):
         self._exchange = None
 
     def on_headers_complete(self) -> None:
+        raw, self._raw = self._raw, b""  # of this head, if at all: whatever is read next begins elsewhere
         found = self._quick.get(self.url)
         if found is None or not self._plain():
             self._begin_scope()
@@ -248,8 +303,13 @@ class FastProtocol(Protocol):
         path, self._handler = found
         scope = self.scope_of_request()
         scope.update(path=path, method="POST", query_string=b"")
-        exchange = Exchange(self, self._application, scope, keep_alive=self.parser.should_keep_alive())
+        keep_alive = self.parser.should_keep_alive()
+        exchange = Exchange(self, self._application, scope, keep_alive=keep_alive)
         self._exchange = exchange
+        if raw:
+            [length, *_] = [int(value) for name, value in self.headers if name == b"content-length"]
+            if length <= exchange.context.config.max_body_bytes:
+                self._heads.keep(raw, Head(path, found[1], self.headers, keep_alive, length))
         self.cycle = exchange  # type: ignore[assignment]
 
     def _plain(self) -> bool:

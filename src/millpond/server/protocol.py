@@ -14,13 +14,24 @@ from urllib.parse import unquote
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 
+_defaults: tuple[Any, bytes] = (None, b"")
+
+
+def lines_of(defaults: list[tuple[bytes, bytes]]) -> bytes:
+    """The headers that all answers have, as bytes; they change once a second, and are another list then."""
+    global _defaults
+    known, joined = _defaults
+    if known is not defaults:
+        joined = b"".join([b"%b: %b\r\n" % field for field in defaults])
+        _defaults = (defaults, joined)
+    return joined
+
+
 class Cycle(RequestResponseCycle):
     """One request and its answer."""
 
     _head: bytes | None = None
     """Of the answer, until there is something to send it with."""
-    _defaults: tuple[Any, bytes] = (None, b"")
-    """The headers that all answers have, as a list (by identity) and as bytes."""
 
     async def send(self, message: Any) -> None:
         """Take a part of the answer, as ASGI has it."""
@@ -70,11 +81,7 @@ class Cycle(RequestResponseCycle):
         self.response_started = True
         self.waiting_for_100_continue = False
         status: int = message["status"]
-        defaults = Cycle._defaults
-        if defaults[0] is not self.default_headers:
-            joined = b"".join([b"%b: %b\r\n" % field for field in self.default_headers])
-            defaults = Cycle._defaults = (self.default_headers, joined)
-        parts = [STATUS_LINE[status], defaults[1]]
+        parts = [STATUS_LINE[status], lines_of(self.default_headers)]
         closes = False
         for field in message["headers"]:
             name, value = field
