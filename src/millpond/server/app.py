@@ -159,6 +159,8 @@ async def respond_error(call: Call, error: Exception) -> None:
     more = []
     if fault.retry_after_seconds > 0:
         more.append((headers.RETRY_AFTER, b"%d" % fault.retry_after_seconds))
+    if status == 429:
+        more.append((headers.LOAD_STATE, call.context.gate.state.encode()))
     if status == 405:
         more.append((b"allow", _allowed(error)))
     if status == 401:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httptools
@@ -84,6 +85,11 @@ class Watch:
             connection.check(self.tick)
         self.start()
 
+    def withdraw(self, gone: Callable[[Mapping[str, Any]], bool]) -> None:
+        """The certificates for which ``gone`` is true let nobody in any more."""
+        for connection in self.connections:
+            connection.withdraw(gone)
+
     def over(self, address: str) -> str | None:
         """Why a further connection of this address is one too many; None when it is not."""
         config = self.config
@@ -144,6 +150,14 @@ class Connection(FastProtocol):
                 watch.refused["revoked_certificate"] += 1
                 log.warning("millpond.auth.revoked", extra={"client": address, "identity": self._peer.name})
                 transport.abort()
+
+    def withdraw(self, gone: Callable[[Mapping[str, Any]], bool]) -> None:
+        """As `Watch.withdraw`."""
+        if self._peer is None:
+            return
+        certificate = self.transport.get_extra_info("ssl_object").getpeercert()
+        if not certificate or gone(certificate):
+            self._peer.withdrawn = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         watch = self._watch

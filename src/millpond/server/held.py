@@ -63,6 +63,10 @@ class Held:
             # Streams remember who has what; of the message itself they need nothing.
             delivery.record = delivery.given = None
 
+    def knows(self, delivery: Delivery) -> bool:
+        """It is remembered: nobody has answered it by way of this process."""
+        return self._held.get(delivery.id) is delivery
+
     def get(self, namespace: str, queue: str, id: str, lease_id: str, token: int) -> Delivery:
         """The delivery that an answer is for, as remembered, or made from its names (all normalised)."""
         delivery = self._held.get(id)

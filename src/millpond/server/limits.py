@@ -11,12 +11,18 @@ Kind = Literal["producer", "consumer", "answer", "other"]
 class Gate(Protocol):
     """Lets requests in."""
 
+    @property
+    def state(self) -> str:
+        """How loaded the server is, as lockd calls it: ``disengaged``, ``soft_arm``, ``engaged`` or ``recovery``."""
+
     async def admit(self, kind: Kind) -> None:
         """Return when a request may go on, perhaps a little later. Raises Throttled, or a Refusal with Retry-After."""
 
 
 class OpenGate:
     """Lets everybody in at once."""
+
+    state = "disengaged"
 
     async def admit(self, kind: Kind) -> None:
         return None
