@@ -28,6 +28,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
 JSON_HEADER: Header = (b"content-type", b"application/json")
+MSGPACK_HEADER: Header = (b"content-type", headers.MSGPACK.encode())
 SHUTDOWN_HEADER: Header = (headers.SHUTDOWN, b"true")
 
 
@@ -157,7 +158,7 @@ class Call:
         self._query: dict[str, str] | None = None
         self._body_over = False
         self.at_hand: bytes | None = None
-        """The whole body of a POST, no larger than it may be, where it came at once with a head that was read before."""
+        """The whole body of a POST, no larger than it may be, where it came at once with a head that is known."""
         self.packed: bool | None = None
         """Then: whether that is MessagePack (true) or JSON; None where it takes a look to know."""
 

@@ -6,8 +6,8 @@ of the hot routes whose body is small and said to be so is run by `App.run` on a
 knows as a `Call`. Everything else, and everything unusual (other methods, a query, chunks, ``Expect``, a request sent
 before the last answer), goes uvicorn's way, which ends in the same handlers; so nothing may be decided here.
 
-A head that was read before is not read again (`millpond.server.heads`), if its request comes in one piece on a connection
-that is free.
+A head that was read before is not read again (`millpond.server.heads`), if its request comes in one piece on a
+connection that is free; the plainest of these requests are done together (`millpond.server.together`).
 
 Importing this module loads uvicorn.
 """
@@ -15,7 +15,8 @@ Importing this module loads uvicorn.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
@@ -70,6 +71,7 @@ class Exchange(Call):
         "keep_alive",
         "response_complete",
         "response_started",
+        "task",
         "waiting_for_100_continue",
     )
 
@@ -88,6 +90,8 @@ class Exchange(Call):
         self.response_complete = False
         self.waiting_for_100_continue = False
         self._signal: Signal | None = None
+        self.task: Any = None
+        """Runs its handler."""
 
     @property
     def message_event(self) -> Signal:
@@ -137,35 +141,40 @@ class Exchange(Call):
         content_type: Header | None = JSON_HEADER,
         more: Iterable[Header] = (),
     ) -> None:
-        if status == 200 and content_type is not None and not more and self.keep_alive and not self.context.draining:
-            # Nearly all answers, in the order of the others.
-            correlation_id = self._correlation or self.correlation_id
-            connection = self._connection
-            if connection.flow.write_paused or not correlation_id.isprintable():
-                pass
-            else:
-                self.started = self.response_started = True
-                self.status = 200
-                if not self.disconnected:
-                    connection.transport.write(
-                        b"%b%bx-correlation-id: %b\r\ncontent-length: %d\r\n%b: %b\r\n\r\n%b"
-                        % (
-                            _OK,
-                            lines_of(connection.server_state.default_headers),
-                            correlation_id.encode(),
-                            len(body),
-                            *content_type,
-                            body,
-                        )
-                    )
-                self._finish()
-                return
+        if status == 200 and content_type is not None and not more and self.answer_now(body, content_type):
+            return
         fields = [(headers.CORRELATION, self.correlation_id.encode()), *more]
         if status != 204:
             fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
         await self.whole(body, status, fields)
+
+    def answer_now(self, body: bytes, content_type: Header) -> bool:
+        """As `answer`, where there is nothing to wait for and nothing unusual to say; whether that is so. Nearly all
+        answers go out here."""
+        connection = self._connection
+        if self._correlation is None and self.at_hand is not None:
+            # No head that is known names one.
+            self._correlation = self.context.pond.ids.message_id()
+        correlation_id = self._correlation or self.correlation_id
+        if (
+            not self.keep_alive
+            or self.context.draining
+            or connection.flow.write_paused
+            or not correlation_id.isprintable()
+        ):
+            return False
+        self.started = self.response_started = True
+        self.status = 200
+        if not self.disconnected:
+            defaults = lines_of(connection.server_state.default_headers)
+            connection.transport.write(
+                b"%b%bx-correlation-id: %b\r\ncontent-length: %d\r\n%b: %b\r\n\r\n%b"
+                % (_OK, defaults, correlation_id.encode(), len(body), *content_type, body)
+            )
+        self._finish()
+        return True
 
     async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
         data = self._head(status, fields) + body
@@ -236,6 +245,22 @@ class Exchange(Call):
             self._connection.transport.close()
         self._connection.on_response_complete()
 
+    # For who answers it without its handler
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have a task of the server do something for it."""
+        self._connection.begin(work)
+
+    def begin_usual(self, handler: Handler) -> None:
+        """Have its handler answer it after all."""
+        self._connection.begin_usual(self, handler)
+
+    def over(self) -> None:
+        """Nobody does anything more for it: if it has no answer it gets none."""
+        if not self.response_complete:
+            self.response_complete = True
+            self._connection.transport.close()
+
 
 # Not methods: a request that holds methods of its own goes in a circle, and is left to the collector of garbage.
 
@@ -277,7 +302,19 @@ class FastProtocol(Protocol):
         exchange = Exchange(self, self._application, scope, keep_alive=head.keep_alive, body=body)
         exchange.at_hand, exchange.packed = body, head.packed
         self.cycle = exchange  # type: ignore[assignment]
-        self.tasks.add(self.loop.create_task(self._run(exchange, head.handler)))
+        if not self._application.together.take(exchange, head, body):
+            self.begin_usual(exchange, head.handler)
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """A task that the server knows of, so that it ends when that does."""
+        task = self.loop.create_task(_quietly(work))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def begin_usual(self, exchange: Exchange, handler: Handler) -> None:
+        """Have a request answered by its handler."""
+        task = exchange.task = self.loop.create_task(self._run(exchange, handler))
+        self.tasks.add(task)
 
     def eof_received(self) -> None:
         """The client hung up. What was written it still reads; from here on nothing is, though uvicorn learns of it
@@ -357,7 +394,7 @@ class FastProtocol(Protocol):
             super().on_message_complete()
             return
         self._exchange = None
-        self.tasks.add(self.loop.create_task(self._run(exchange, handler)))
+        self.begin_usual(exchange, handler)
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:
@@ -365,9 +402,11 @@ class FastProtocol(Protocol):
         except CutOff:
             pass  # the client sees by the connection that its answer is not whole
         finally:
-            task = asyncio.current_task()
-            if task is not None:
-                self.tasks.discard(task)
-            if not exchange.response_complete:
-                exchange.response_complete = True
-                self.transport.close()
+            task, exchange.task = exchange.task, None
+            self.tasks.discard(task)
+            exchange.over()
+
+
+async def _quietly(work: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(CutOff):  # the client sees by the connection that its answer is not whole
+        await work

@@ -18,7 +18,7 @@ from millpond.model import names
 from millpond.server import native_operations as operations
 from millpond.server import views
 from millpond.server.auth import Scope
-from millpond.server.context import JSON_HEADER, Call, Disconnected, Handler, Header
+from millpond.server.context import JSON_HEADER, MSGPACK_HEADER, Call, Disconnected, Handler
 from millpond.server.receiving import give_back
 from millpond.server.streams import stream
 from millpond.wire import headers, native
@@ -26,7 +26,6 @@ from millpond.wire.faults import Refusal
 
 _JSON = headers.JSON.encode()
 _MSGPACK = headers.MSGPACK.encode()
-MSGPACK_HEADER: Header = (b"content-type", _MSGPACK)
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are not the body that they should be; the last for nesting without end."""

@@ -13,17 +13,15 @@ from urllib.parse import unquote
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-
-_defaults: tuple[Any, bytes] = (None, b"")
+_latest: list[Any] = [None, b""]
+"""Default headers as a list, and as bytes."""
 
 
 def lines_of(defaults: list[tuple[bytes, bytes]]) -> bytes:
     """The headers that all answers have, as bytes; they change once a second, and are another list then."""
-    global _defaults
-    known, joined = _defaults
-    if known is not defaults:
-        joined = b"".join([b"%b: %b\r\n" % field for field in defaults])
-        _defaults = (defaults, joined)
+    if _latest[0] is not defaults:
+        _latest[:] = defaults, b"".join([b"%b: %b\r\n" % field for field in defaults])
+    joined: bytes = _latest[1]
     return joined
 
 
