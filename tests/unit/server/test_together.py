@@ -410,7 +410,8 @@ async def test_a_server_that_ends_leaves_no_request_open() -> None:
             if made.server.app.together._joined >= 3 and not made.server.app.together._open:
                 break
             await asyncio.sleep(0.001)
-        made.server.abort()
+        for task in list(made.server._state.tasks):
+            task.cancel()
         for connection in made.connections:
             assert await asyncio.wait_for(connection.reader.read(), 20) == b""
         assert not made.server.app.together._open
