@@ -27,6 +27,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
+HANGING_UP = "millpond.hung_up"
+"""Where in an ASGI scope the connection says whether its client has gone."""
 JSON_HEADER: Header = (b"content-type", b"application/json")
 SHUTDOWN_HEADER: Header = (headers.SHUTDOWN, b"true")
 
@@ -283,7 +285,8 @@ class Call:
     def vanished(self) -> bool:
         """It is known by now that the client has gone away, so that what is written does not reach it. False may be out
         of date, but not for whoever writes at once."""
-        return False
+        hung_up: Callable[[], bool] | None = self.scope.get(HANGING_UP)
+        return hung_up is not None and hung_up()
 
     # What is answered
 

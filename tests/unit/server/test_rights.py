@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from tests.unit.server.certificates import Authority, write
 from tests.unit.server.lockd import until
 from tests.unit.server.native import JSON, leased
@@ -345,6 +346,35 @@ async def test_streams_by_certificate_end_when_it_expires(secure: Secure, tmp_pa
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await open_stream(connection, "/v1/queue/list", {})
             assert (await connection.answer()).status == 401
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("behind", [False, True], ids=["alone", "with a request behind it"])
+def test_a_client_that_leaves_is_noticed_by_tls_on_each_event_loop(
+    secure: Secure, tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop], behind: bool
+) -> None:
+    own = secure.client(secure.ca.client("spiffe://x", "lockd://ns/ALL"))
+
+    async def leave() -> None:
+        async with serving(**tls_settings(tmp_path)) as service, Connection(service.server.url, tls=own) as connection:
+            pond = pond_of(service)
+            await open_stream(connection, "/v1/queue/receive", {}, wait_ms=3_600_000)
+            await until(lambda: pond.dispatcher.waiting)
+            [one] = service.server.watch.connections
+            if behind:
+                await open_stream(connection, "/v1/queue/receive", {}, wait_ms=3_600_000)
+                await until(lambda: one.flow.read_paused)
+            connection.writer.close()
+            if behind:
+                await until(one.hung_up)
+                pond.manual_clock.advance(1)
+            await until(lambda: not pond.dispatcher.waiting and not one.tasks)
+            await pond.queue("q").enqueue(b"1")
+            await pond.settle()
+            assert (await pond.queue("q").counts()).leased == 0
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(leave())
 
 
 def test_when_a_certificate_ends() -> None:
