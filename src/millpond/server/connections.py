@@ -24,6 +24,7 @@ from millpond.server.auth import PEER, Identity, certificate_identity, serial_nu
 from millpond.server.config import ServerConfig
 from millpond.server.context import AsgiScope
 from millpond.server.exchange import Exchange, FastProtocol
+from millpond.server.heads import beginning
 from millpond.wire import faults
 from millpond.wire.faults import Fault
 
@@ -41,6 +42,9 @@ LEAST_TICK = 0.02
 MOST_AT_ONCE = 256 * 1024
 """Bytes that an event loop reads at once."""
 
+MOST_AHEAD = 65_536
+"""Bytes that are read while a request waits for the answer to another. More would take memory; but as long as reading
+goes on, a client that leaves is noticed at once."""
 MOST_PIPELINED = 64
 """Requests that may wait behind one that is being answered: some kilobytes each."""
 
@@ -138,6 +142,8 @@ class Connection(FastProtocol):
         """Bytes that came since the beginning of the head, that chunk included: no head is larger."""
         self._body = 0
         """Bytes of the body since `_since`."""
+        self._ahead = 0
+        """Bytes that came while a request waited for the answer to another."""
         self._quiet = 0
         """Bytes that came since a part of the body did: trailers, extensions of chunks, which nobody reads."""
         self._stalled: int | None = None
@@ -191,10 +197,22 @@ class Connection(FastProtocol):
     def data_received(self, data: bytes) -> None:
         size = len(data)
         if self._stage == IDLE:
+            # The parser is between two requests, so that what it does not see it does not miss.
+            raw = beginning(data)
+            head = self._known.get(raw)
+            if head is not None and size == len(raw) + head.length:
+                self._stage, self._begun = BUSY, True
+                self.run_known(head, data[len(raw) :])
+                return
+            self._raw = raw
             self._stage, self._since, self._begun, self._fed = HEAD, self._watch.tick, True, 0
             self._first = size
         elif self._stage == LINGER:
             return
+        if self.pipeline:
+            self._ahead += size
+            if self._ahead > MOST_AHEAD:
+                self.flow.pause_reading()
         self._chunk = size
         self._fed += size
         try:
@@ -283,6 +301,7 @@ class Connection(FastProtocol):
         if self.pipeline:
             super().on_response_complete()
             return
+        self._ahead = 0
         # As uvicorn does it, without a timer for each answer: the sweep sees to that.
         self.server_state.total_requests += 1
         if self.transport.is_closing():

@@ -30,6 +30,7 @@ Header = tuple[bytes, bytes]
 HANGING_UP = "millpond.hung_up"
 """Where in an ASGI scope the connection says whether its client has gone."""
 JSON_HEADER: Header = (b"content-type", b"application/json")
+MSGPACK_HEADER: Header = (b"content-type", headers.MSGPACK.encode())
 SHUTDOWN_HEADER: Header = (headers.SHUTDOWN, b"true")
 
 
@@ -128,8 +129,10 @@ class Call:
         "_body_over",
         "_correlation",
         "_query",
+        "at_hand",
         "context",
         "identity",
+        "packed",
         "receive",
         "route",
         "scope",
@@ -156,6 +159,10 @@ class Call:
         self._correlation: str | None = None
         self._query: dict[str, str] | None = None
         self._body_over = False
+        self.at_hand: bytes | None = None
+        """The whole body of a POST, no larger than it may be, where it came at once with a head that is known."""
+        self.packed: bool | None = None
+        """Then: whether that is MessagePack (true) or JSON; None where it takes a look to know."""
 
     # What was asked
 

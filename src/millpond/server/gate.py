@@ -106,14 +106,18 @@ class LoadGate:
             "stall": stalled / STALLED,
         }
 
-    async def admit(self, kind: Kind) -> None:
-        """Return when a request may go on. Raises Throttled."""
+    def lets_in(self, kind: Kind) -> bool:
+        """`admit` would return at once."""
         if kind != "producer":
-            return
+            return True
         self._came = True
         if self._timer is None:
             self._start()
-        if self.closed and not await self._wait():
+        return not self.closed
+
+    async def admit(self, kind: Kind) -> None:
+        """Return when a request may go on. Raises Throttled."""
+        if not self.lets_in(kind) and not await self._wait():
             raise Throttled("the server has more to write than its store can take; send it again a little later")
 
     async def _wait(self) -> bool:
