@@ -68,6 +68,9 @@ class Context:
         self.streams = Streams(pond)
         self.held.answered = self.streams.answered
         self.watches = Watches(pond)
+        self.ready_until = float("-inf")
+        """Up to when the store counts as within reach (monotonic), and the lock under which one request finds out."""
+        self.ready_look = asyncio.Lock()
         self.draining = False
         self._drain_ends = 0.0
         self._drain_begins: set[Callable[[], object]] = set()
