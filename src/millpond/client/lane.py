@@ -26,6 +26,8 @@ CONNECT_TIMEOUT = 5.0
 IDLE = 15.0
 """Seconds for which an idle connection is used again: less than any server keeps it."""
 MOST_IDLE = 128
+CLOSED = "it closed the connection"
+"""What is said of a server that ends a connection without a word."""
 READ_AHEAD = 512 * 1024
 """Bytes of a streamed answer that wait for their reader; beyond, the server waits."""
 
@@ -76,7 +78,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.keep = False
-        self._lost = exc if isinstance(exc, OSError) else ConnectionResetError("it closed the connection")
+        self._lost = exc if isinstance(exc, OSError) else ConnectionResetError(CLOSED)
         self._fail(self._lost)
         self.resume_writing()
         _wake(self._wanted)
