@@ -32,11 +32,12 @@ from millpond.worker.binding import Bound, Unfit
 from millpond.worker.deciding import decide
 from millpond.worker.failures import REASON_LIMIT, clean, reason
 from millpond.worker.filling import fillers
-from millpond.worker.hooks import Context, Middleware
+from millpond.worker.hooks import Context, Gate, Middleware
 from millpond.worker.jobs import Job, pause
 from millpond.worker.leases import SHARE, Renewals
 from millpond.worker.outcomes import KINDS, Kind, Outcome
 from millpond.worker.processes import Processes
+from millpond.worker.renewing import Shared
 from millpond.worker.threads import Call, Threads
 
 log = logging.getLogger("millpond.worker")
@@ -88,7 +89,10 @@ class Line:
         self._after = overridden(middleware[::-1], "after")
         self._error = overridden(middleware[::-1], "error")
         self._settled = overridden(middleware[::-1], "settled")
-        self._gate = consumer.gate
+        gate: Any = consumer.gate
+        if isinstance(gate, Shared):
+            gate = gate.seat(f"{self._queue.namespace}/{self._queue.name}", renewals)
+        self._gate: Gate | None = gate
         self._threads = None if bound.run_in == "loop" else Threads(consumer.concurrency, consumer.name)
         self._processes = Processes(consumer) if bound.run_in == "process" else None
         self._fillers = fillers(bound, pond, self._queue)
@@ -112,7 +116,7 @@ class Line:
         """When messages were last asked for successfully (or the gate held them back), by the monotonic clock."""
         self.at_gate = False
         self.counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        renewals.watch(lambda: self.held)
+        renewals.watch(lambda: self.held, self.lost)
 
     @property
     def busy(self) -> bool:

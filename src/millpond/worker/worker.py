@@ -13,7 +13,7 @@ from millpond.errors import InvalidInput, StoreClosed
 from millpond.pond import Pond
 from millpond.worker.binding import Bound
 from millpond.worker.hooks import Middleware, Service
-from millpond.worker.jobs import Job, pause
+from millpond.worker.jobs import pause
 from millpond.worker.leases import LoopRenewals, Renewals, ThreadRenewals
 from millpond.worker.line import Line, overridden
 from millpond.worker.outcomes import KINDS
@@ -177,12 +177,8 @@ class Worker:
 
     def _renewals(self) -> Renewals:
         if self.pond.twin() is not None:
-            return ThreadRenewals(self.pond.twin, self.pond.clock, self._lost, self._fail)
-        return LoopRenewals(self.pond, self._lost)
-
-    def _lost(self, job: Job, why: str) -> None:
-        for line in self._lines:
-            line.lost(job, why)
+            return ThreadRenewals(self.pond.twin, self.pond.clock, self._fail)
+        return LoopRenewals(self.pond)
 
     async def _tell(self, hook: str) -> None:
         for line in self._lines:
