@@ -408,7 +408,14 @@ class Line:
         if outcome.kind == "dead":
             # A character takes 4 bytes at most, and the encoding some more.
             text = outcome.reason[: max(1, self._pond.config.max_error_bytes // 8)]
-            await self._answer(job, "dead", lambda kept: message.bury(text, kept), outcome.error)
+
+            def shorten() -> bool:
+                # The limit is that of where the store is, and a server's may be less than this pond's.
+                nonlocal text
+                text, before = text[: max(1, len(text) // 2)], text
+                return text != before
+
+            await self._answer(job, "dead", lambda kept: message.bury(text, kept), outcome.error, shorten)
         elif outcome.kind == "defer":
             await self._answer(job, "defer", lambda kept: message.defer(outcome.delay))
         else:
@@ -436,9 +443,15 @@ class Line:
         )
 
     async def _answer(
-        self, job: Job, kind: Kind, answer: Callable[[Any], Awaitable[object]], error: Any = None
+        self,
+        job: Job,
+        kind: Kind,
+        answer: Callable[[Any], Awaitable[object]],
+        error: Any = None,
+        shorten: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Answer until it is stored, or there is nothing to answer for any more."""
+        """Answer until it is stored, or there is nothing to answer for any more. ``shorten``: what makes the answer
+        shorter besides leaving out the error; False when nothing does."""
         job.settling = True
         troubles = 0
         while job in self.held:
@@ -448,7 +461,9 @@ class Line:
                 await self._lose(job, str(refused))
             except TooLarge:
                 if error is None:
-                    raise
+                    if not shorten():
+                        raise
+                    continue
                 # What the pond's limit leaves room for: without the traceback, or nothing.
                 short = {"type": error["type"][:200], "message": error["message"][:200], "traceback": ""}
                 error = None if error == short else short
