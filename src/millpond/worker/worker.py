@@ -14,6 +14,7 @@ from millpond.pond import Pond
 from millpond.worker.binding import Bound
 from millpond.worker.hooks import Middleware, Service
 from millpond.worker.jobs import pause
+from millpond.worker.lag import Watchdog
 from millpond.worker.leases import LoopRenewals, Renewals, ThreadRenewals
 from millpond.worker.line import Line, overridden
 from millpond.worker.outcomes import KINDS
@@ -145,12 +146,14 @@ class Worker:
 
     async def _session(self) -> None:
         renewals = self._renewals()
+        watchdog = Watchdog()
         services: list[asyncio.Task[None]] = []
         self._lines = [
             Line(self.pond, bound, renewals, self._middleware, self._owner, self._fail) for bound in self._bound
         ]
         try:
             await renewals.start()
+            watchdog.start()
             await self._tell("start")
             log.info(
                 "millpond.worker.started",
@@ -171,6 +174,7 @@ class Worker:
             await self._cancel(services)
             for line in self._lines:
                 await line.close()
+            watchdog.stop()
             await renewals.stop()
             await self._tell("stop")
             log.info("millpond.worker.stopped", extra=self.counts())
