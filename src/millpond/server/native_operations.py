@@ -251,6 +251,7 @@ async def counts(call: Call, request: native.QueueRequest) -> native.Counts:
         bytes=found.bytes,
         oldest_due_at_ms=oldest,
         oldest_age_ms=None if oldest is None else max(0, service.clock.now_ms() - oldest),
+        enqueued=found.enqueued,
     )
 
 

@@ -329,6 +329,9 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     """Payload bytes in the live box."""
     oldest_due: int | None
     """When the longest-waiting ready record became due (ms UTC)."""
+    enqueued: int | None = None
+    """Records that were inserted, whatever became of them, counted from some moment on: what tells a rate is the
+    difference of two of them. None where the store does not count."""
 
 
 class QueueName(NamedTuple):

@@ -422,6 +422,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     oldest_due_at_ms: int | None = None
     """When the longest-waiting ready message became ready."""
     oldest_age_ms: int | None = None
+    enqueued: int | None = None
+    """Messages that were enqueued, whatever became of them, counted from some moment on; null in a bucket."""
 
 
 class PeekRequest(Request, kw_only=True, frozen=True):

@@ -41,7 +41,18 @@ from millpond.stores.base import (
 )
 from millpond.stores.sqlite.heads import Heads
 from millpond.stores.sqlite.rows import ready
-from millpond.stores.sqlite.schema import BLOCKED, BLOCKED_LEASED, BUCKET, BYTES, CHUNK, CHUNK_BITS, DEAD, FREE, LEASED
+from millpond.stores.sqlite.schema import (
+    BLOCKED,
+    BLOCKED_LEASED,
+    BUCKET,
+    BYTES,
+    CHUNK,
+    CHUNK_BITS,
+    DEAD,
+    FREE,
+    INSERTED,
+    LEASED,
+)
 
 DIRECT_DELETE = 4 * CHUNK
 """A larger blob is only detached with its record; its chunks go later, in slices, since SQLite walks each of them."""
@@ -374,6 +385,7 @@ class Applier:
         counts = tally.counts
         counts[key] = counts.get(key, 0) + 1
         counts[BYTES] = counts.get(BYTES, 0) + item.size
+        counts[INSERTED] = counts.get(INSERTED, 0) + 1
         tally.changed = True
         mark = self._new_mark
         if mark.due != op.due or mark.expires != op.expires:

@@ -34,9 +34,9 @@ BUCKET = 10_000
 record due in the bucket that contains now: narrow buckets cost rows when delays are spread over weeks (60,000 a week at
 10 s), wide ones cost entries under load (300,000 at 30,000 messages a second)."""
 
-FREE, LEASED, BLOCKED, BLOCKED_LEASED, DEAD, BYTES = range(6)
-"""Kinds of ``counter`` rows. BLOCKED, DEAD and BYTES are not divided into buckets (bucket 0); BYTES counts payload
-bytes of the live box."""
+FREE, LEASED, BLOCKED, BLOCKED_LEASED, DEAD, BYTES, INSERTED = range(7)
+"""Kinds of ``counter`` rows. BLOCKED, DEAD, BYTES and INSERTED are not divided into buckets (bucket 0); BYTES counts
+payload bytes of the live box, and INSERTED the records that were ever inserted: it only grows."""
 
 CHUNK = 1024 * 1024
 """Bytes of a blob in one row: what ``read_blob`` may hand out at once."""
