@@ -89,7 +89,7 @@ class Upkeep:
         more the next one sees to the rest."""
         queues = await self._reader.everywhere()
         self._rounds.keep(tuple(names.folder(*name) for name in queues))
-        await self._clocks()
+        await self._left_behind(names.CLOCKS)
         # In turn, should one of them use up the limit each time.
         self._passes += 1
         first = self._passes % max(len(queues), 1)
@@ -111,6 +111,7 @@ class Upkeep:
                 await self._orphans(name, old, present, orphans, limit)
                 await self._id_markers(name, markers, present, limit)
             await self._pointers(name, limit)
+            await self._left_behind(names.consumers(*name))
         coming = await self._coming(queues, {orphan.path for orphan in orphans}) if orphans else None
         if coming is not None:
             alone = [orphan for orphan in dict.fromkeys(orphans) if orphan.path not in coming]
@@ -207,10 +208,10 @@ class Upkeep:
                     self._rounds.go_on(names.blobs_prefix(*name), some[-1].path)
                 return
 
-    async def _clocks(self) -> None:
-        """What those left who died while they opened the store."""
+    async def _left_behind(self, prefix: str) -> None:
+        """What those left who died while they opened the store, or took messages. None of these names is used twice."""
         now = self._engine.now()
-        left = [entry.name async for entry in self._entries(names.CLOCKS) if now - entry.modified > QUIET]
+        left = [entry.name async for entry in self._entries(prefix) if now - entry.modified > QUIET]
         for start in range(0, len(left), _BATCH):
             await self._engine.exchange.delete_many(left[start : start + _BATCH])
 
