@@ -410,6 +410,8 @@ class Upkeep:
             except StoreCorrupt as error:
                 problems.append(Problem(f"object {entry.name}", str(error)))
         results = await engine.fetch_all([message for _, message in there])
+        apart: list[tuple[str, str, str]] = []
+        """Message, its object, that of its payload."""
         for (entry, message), found in zip(there, results, strict=True):
             kind = records.form(entry.size).kind
             if isinstance(found, StoreError):
@@ -430,9 +432,14 @@ class Upkeep:
                 problems.append(Problem(label, f"it is there twice: here, as {entry.name}, and before"))
             seen.add(id)
             if record.external:
-                path = names.blobs_prefix(*name) + record.blob
-                if not await self._is_there(path) and await engine.exchange.read(entry.name) is not None:
-                    problems.append(Problem(label, "its payload is missing"))
+                apart.append((label, entry.name, names.blobs_prefix(*name) + record.blob))
+        for (label, _, _), lacks in zip(apart, await self._at_once(self._lacks_payload, apart), strict=True):
+            if lacks:
+                problems.append(Problem(label, "its payload is missing"))
+
+    async def _lacks_payload(self, message: tuple[str, str, str]) -> bool:
+        _, object, payload = message
+        return not await self._is_there(payload) and await self._engine.exchange.read(object) is not None
 
     def _verify_marker(
         self, where: str, path: str, content: Content, expected: type[Marker | Pointer], problems: list[Problem]
