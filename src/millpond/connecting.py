@@ -43,8 +43,8 @@ def connect(
     its wait, tries included (30). Each of these may stand in the URL's query as well. ``keyring``, ``config`` and
     ``accept_plain`` are the server's to have.
 
-    Raises InvalidInput for a URL that cannot be right, StoreError where a bucket needs a package that is not
-    installed; opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
+    Raises InvalidInput for a URL that cannot be right, StoreError where a bucket or a keyring needs a package that is
+    not installed; opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
     if url.partition(":")[0].lower() in SERVERS:
         if keyring is not None or config is not None or accept_plain:
             raise InvalidInput("keyring, config and accept_plain belong to the server of this URL: give them to it")

@@ -395,12 +395,13 @@ class Pond(Catalog):
     async def rekey(self, progress: Callable[[int], None] | None = None, *, encrypt_plain: bool = False) -> int:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
         to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
-        from millpond.stores.encrypted import EncryptedStore
-        from millpond.stores.rekey import rekey
+        if self.store.capabilities.encrypted:  # where it is not, the package that this needs may not be there
+            from millpond.stores.encrypted import EncryptedStore
+            from millpond.stores.rekey import rekey
 
-        if not isinstance(self.store, EncryptedStore):
-            raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
-        return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
+            if isinstance(self.store, EncryptedStore):
+                return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
+        raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
 
     def requests(self) -> PondRequests:
         """The requests that this pond has made, where its store charges for them, in total, per queue, and per message

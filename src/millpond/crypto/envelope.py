@@ -30,11 +30,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Final, NewType
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-
+from millpond.crypto.ciphers import AESGCM, SHA256, HKDFExpand, InvalidTag
 from millpond.crypto.keyring import Keyring
 from millpond.errors import StoreMismatch, Tampered, UnknownKey
 
