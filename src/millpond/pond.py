@@ -183,6 +183,8 @@ class Pond(Catalog):
         self.service.on_ready = self.dispatcher.ready
         self.service.on_due = self.dispatcher.due
         self._opened = False
+        self._opening = asyncio.Lock()
+        """Held by whoever opens it: a second store that was opened beside would be left behind open."""
         self._closed = False
         self._process = 0
         """Which opened it; tasks, threads and connections stay behind when another forks off."""
@@ -202,11 +204,16 @@ class Pond(Catalog):
         return None if self._twin is None else self._twin()
 
     async def open(self) -> Pond:
-        """Open the store; `async with` does it. Raises StoreError."""
-        if self._closed:
-            raise StoreClosed("this pond was closed; connect again")
+        """Open the store; `async with` does it. Safe to repeat, also at the same time. Raises StoreError."""
         if self._forked:
             await self.store.open()  # it says what is wrong
+        async with self._opening:
+            await self._open()
+        return self
+
+    async def _open(self) -> None:
+        if self._closed:
+            raise StoreClosed("this pond was closed; connect again")
         if not self._opened:
             self._process = os.getpid()
             await self.store.open()
@@ -218,7 +225,6 @@ class Pond(Catalog):
                     raise
             self._opened = True
             self._schedule_collection()
-        return self
 
     async def close(self) -> None:
         """Let what is under way finish, wake whoever waits with StoreClosed, release the store. Safe to repeat.
@@ -229,6 +235,8 @@ class Pond(Catalog):
         self._closed = True
         if self._forked:
             return
+        async with self._opening:
+            pass  # What is just being opened would be left open.
         if self._collect_timer is not None:
             self._collect_timer.cancel()
         if self._collecting is not None:
