@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import millpond
-from millpond import Config, InvalidInput, StoreClosed, TooLarge
+from millpond import Config, InvalidInput, Keyring, StoreClosed, StoreMismatch, TooLarge, UnknownKey
 from millpond.stores.sqlite import store as sqlite_store
 
 PATIENCE = 30.0
@@ -187,3 +187,22 @@ async def test_json_that_is_nested_too_deeply_is_bad_input(payload: bytes) -> No
         with pytest.raises(InvalidInput):
             message.json()
         await message.bury("bad_payload")
+
+
+# A plain store that is to be encrypted
+
+
+async def test_a_plain_store_is_encrypted_by_what_its_refusal_says(tmp_path: Path) -> None:
+    url, keyring = f"sqlite:///{tmp_path}/pond.db", Keyring.load(Keyring.generate_key())
+    async with millpond.connect(url) as pond:
+        await pond.queue("q").enqueue(b"once plain", attributes={"a": 1})
+    with pytest.raises(StoreMismatch, match=r"accept_plain=True\), then rekey\(encrypt_plain=True\)"):
+        await millpond.connect(url, keyring=keyring).open()
+    async with millpond.connect(url, keyring=keyring, accept_plain=True) as pond:
+        assert await pond.rekey(encrypt_plain=True) > 0
+    with pytest.raises(UnknownKey):
+        await millpond.connect(url).open()
+    async with millpond.connect(url, keyring=keyring) as pond:
+        [message] = await pond.queue("q").receive()
+        assert (message.payload, message.attributes) == (b"once plain", {"a": 1})
+        assert await pond.verify() == []

@@ -174,8 +174,8 @@ class Envelope:
         if sealed[:2] != MAGIC:
             if looks_plain(sealed):
                 raise StoreMismatch(
-                    "is not encrypted, but the store was opened with a keyring: open it without one, or encrypt it "
-                    "with rekey"
+                    "is not encrypted, but the store was opened with a keyring: open it without one, or encrypt it: "
+                    "connect(…, keyring=…, accept_plain=True), then rekey(encrypt_plain=True)"
                 )
             raise Tampered("is not a ciphertext: it was changed, or written without a keyring")
         if len(sealed) < 4 or len(sealed) < 4 + sealed[3] + NONCE_BYTES + _TAG_BYTES:
