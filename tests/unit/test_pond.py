@@ -98,6 +98,26 @@ async def test_closing_waits_for_an_opening_under_way(tmp_path: Path, monkeypatc
         await pond.open()
 
 
+def test_a_pond_that_outlived_its_event_loop_says_so(tmp_path: Path) -> None:
+    """As when a program keeps one pond, and calls `asyncio.run` twice."""
+    pond = millpond.connect(f"sqlite:///{tmp_path}/pond.db")
+    queue = pond.queue("q")
+
+    async def first() -> None:
+        await pond.open()
+        await queue.enqueue(b"x")
+
+    async def second() -> None:
+        for _ in range(2):
+            with pytest.raises(StoreClosed, match=r"event loop that opened .* has ended.*connect anew"):
+                await queue.enqueue(b"y")
+        async with millpond.connect(f"sqlite:///{tmp_path}/pond.db") as again:
+            assert (await again.queue("q").counts()).ready == 1
+
+    asyncio.run(first())
+    asyncio.run(second())
+
+
 async def test_a_pond_that_was_not_opened_says_how(tmp_path: Path) -> None:
     queue = millpond.connect(f"sqlite:///{tmp_path}/pond.db").queue("q")
     for call in (queue.enqueue(b"x"), queue.receive(), queue.receive(wait=5), queue.counts()):
