@@ -186,6 +186,8 @@ class Pond(Catalog):
         self.service.on_ready = self.dispatcher.ready
         self.service.on_due = self.dispatcher.due
         self._opened = False
+        self._opening = asyncio.Lock()
+        """Held by whoever opens it: a second store that was opened beside would be left behind open."""
         self._closed = False
         self._process = 0
         """Which opened it; tasks, threads and connections stay behind when another forks off."""
@@ -205,11 +207,16 @@ class Pond(Catalog):
         return None if self._twin is None else self._twin()
 
     async def open(self) -> Pond:
-        """Open the store; `async with` does it. Raises StoreError."""
-        if self._closed:
-            raise StoreClosed("this pond was closed; connect again")
+        """Open the store; `async with` does it. Safe to repeat, also at the same time. Raises StoreError."""
         if self._forked:
             await self.store.open()  # it says what is wrong
+        async with self._opening:
+            await self._open()
+        return self
+
+    async def _open(self) -> None:
+        if self._closed:
+            raise StoreClosed("this pond was closed; connect again")
         if not self._opened:
             self._process = os.getpid()
             await self.store.open()
@@ -221,7 +228,6 @@ class Pond(Catalog):
                     raise
             self._opened = True
             self._schedule_collection()
-        return self
 
     async def close(self) -> None:
         """Let what is under way finish, wake whoever waits with StoreClosed, release the store. Safe to repeat.
@@ -232,6 +238,8 @@ class Pond(Catalog):
         self._closed = True
         if self._forked:
             return
+        async with self._opening:
+            pass  # What is just being opened would be left open.
         if self._collect_timer is not None:
             self._collect_timer.cancel()
         if self._collecting is not None:
@@ -405,12 +413,13 @@ class Pond(Catalog):
     async def rekey(self, progress: Callable[[int], None] | None = None, *, encrypt_plain: bool = False) -> int:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
         to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
-        from millpond.stores.encrypted import EncryptedStore
-        from millpond.stores.rekey import rekey
+        if self.store.capabilities.encrypted:  # where it is not, the package that this needs may not be there
+            from millpond.stores.encrypted import EncryptedStore
+            from millpond.stores.rekey import rekey
 
-        if not isinstance(self.store, EncryptedStore):
-            raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
-        return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
+            if isinstance(self.store, EncryptedStore):
+                return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
+        raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
 
     def requests(self) -> PondRequests:
         """The requests that this pond has made, where its store charges for them, in total, per queue, and per message

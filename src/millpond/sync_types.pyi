@@ -146,7 +146,8 @@ class SyncMessage:
     def nack(self, error: Any = ..., delay: float = ...) -> None:
         """Failed: counts a failure; returns after ``delay`` seconds, or becomes a dead letter if its budget is spent.
 
-        ``error``: an exception, text or JSON-like value, kept with the message. Raises LeaseLost."""
+        ``error``: an exception (of its text the first 8 KiB are kept), text or JSON-like value (at most
+        `Config.max_error_bytes`), kept with the message. Raises LeaseLost, InvalidInput, TooLarge."""
 
     def defer(self, delay: float = ...) -> None:
         """Give it back without a failure, visible after ``delay`` seconds. Raises LeaseLost."""

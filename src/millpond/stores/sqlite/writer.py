@@ -169,8 +169,16 @@ class Writer:
         if self._waiting:
             call.since = self._clock.monotonic()
         elif not self._scheduled and not self._away:
+            try:
+                self._loop.call_soon(self._gather, 0)
+            except RuntimeError:
+                self._pending.pop()
+                if not self._loop.is_closed():
+                    raise
+                raise StoreClosed(
+                    f"the event loop that opened {self._path} has ended, and the pond with it: connect anew"
+                ) from None
             self._scheduled = True
-            self._loop.call_soon(self._gather, 0)
         return future
 
     def job(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
