@@ -15,7 +15,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from millpond.client.address import Address
 from millpond.client.lane import Answer, Connection, Lane
-from millpond.errors import MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
+from millpond.errors import (
+    InvalidInput,
+    LeaseLost,
+    MessageNotFound,
+    MillpondError,
+    OutcomeUnknown,
+    StateConflict,
+    StoreClosed,
+    StoreError,
+    StoreUnreachable,
+)
 from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.wire import faults
@@ -38,6 +48,8 @@ _SERVER_AWAY = frozenset({"node_passive", "shutdown_draining"})
 """Codes by which a server sends everybody to another one; nothing was done."""
 _LATER = frozenset({"throttled"})
 """Codes by which a server puts off this one call; nothing was done."""
+_OF_THE_CALL = (InvalidInput, LeaseLost, MessageNotFound, StateConflict)
+"""Refusals that stand, whatever became of an earlier try."""
 _PROXY = frozenset({502, 503, 504})
 """What a proxy answers of its own when the server behind it does not; something may have been done."""
 
@@ -345,15 +357,17 @@ class Transport:
                     if fault.error in _SERVER_AWAY:
                         endpoint.failed(clock.monotonic(), fault.error, later)
                         refusal = None
-                    elif fault.error not in _LATER:
+                    elif fault.error not in _LATER and not (attempt.unsure and changes and refusal.retryable):
+                        # (Who asks again soon may yet learn what became of an earlier try.)
                         endpoint.well()
-                        raise refusal
+                        raise self._refused(refusal, endpoint, attempt.unsure and changes)
             self._check_wanted(attempt)
             now = clock.monotonic()
             pause = self._pause(now, tries, later, refusal is not None)
             tries += 1
             if now + pause >= end:
-                raise self._exhausted(timeout, attempt.unsure and changes) if refusal is None else refusal
+                unsure = attempt.unsure and changes
+                raise self._exhausted(timeout, unsure) if refusal is None else self._refused(refusal, endpoint, unsure)
             if pause:
                 await self._sleep(pause)
                 now = clock.monotonic()
@@ -395,6 +409,17 @@ class Transport:
         if unsure:
             return OutcomeUnknown(f"no answer came within {seconds}, and it may have been done ({said})")
         return StoreUnreachable(f"no server could do it within {seconds} ({said})")
+
+    @staticmethod
+    def _refused(refusal: MillpondError, endpoint: Endpoint, unsure: bool) -> MillpondError:
+        """What a refusal means to the caller: of this try it says that nothing was done, but not of one before it that
+        got no answer. What is wrong with the call itself was so then as well."""
+        if not unsure or isinstance(refusal, _OF_THE_CALL):
+            return refusal
+        return OutcomeUnknown(
+            f"{endpoint.url} refuses it now ({refusal}), but an earlier try got no answer, and may have been carried "
+            "out; look, and ask again if it was not"
+        )
 
     async def _sleep(self, seconds: float) -> None:
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
