@@ -150,11 +150,13 @@ class States(Claiming):
             created = existing.document.created_at if existing else now
             version = existing.document.version + 1 if existing else 1
             document = StateDocument(STATE_FORMAT, raw, created, now, version)
+            own = 0
             if write is not None:
+                own = len(_encoder.encode(write._asdict())) - 1  # not the caller's, so not of what he may take
                 document = _Numbered(STATE_FORMAT, raw, created, now, version, *write)
             data = _encoder.encode(document)
-            if len(data) > limit:
-                raise TooLarge(f"the state takes {len(data)} bytes, more than the limit of {limit}")
+            if len(data) - own > limit:
+                raise TooLarge(f"the state takes {len(data) - own} bytes, more than the limit of {limit}")
             written = await self._write_state(delivery, PutState(record.item, record.mark, expect, data), etag)
             if written is not None:
                 return written
