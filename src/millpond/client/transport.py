@@ -278,7 +278,7 @@ class Transport:
                     opened.append((endpoint, link))
                 return answer
 
-            return await self._use(endpoint, link, min(limit, left), send)
+            return await self._use(endpoint, link, min(limit, left), send, leave=True)
 
         async with self._streams:
             await self._persist(once, Attempt(), changes=False)
@@ -453,8 +453,10 @@ class Transport:
         send: Callable[[Lane, Connection], Awaitable[Answer]],
         *,
         fresh: bool = False,
+        leave: bool = False,
     ) -> Answer:
-        """A try on a connection to the server, which is kept if all went well. Raises _Trouble."""
+        """A try on a connection to the server, which is kept if all went well; ``leave``: that of a success is left to
+        the caller, who puts it back. Raises _Trouble."""
         self._check_open()
         lane = endpoint.lane
         if lane is None:
@@ -479,7 +481,9 @@ class Transport:
         finally:
             if timer is not None:
                 timer.cancel()
-        if connection.whole:
+        if not (leave and answer.status == 200):
+            # From here on it is another call's, and nothing that becomes of this one may end it.
+            link.connection = None
             lane.put_back(connection)
         return answer
 

@@ -157,3 +157,16 @@ async def test_attributes_of_a_streamed_message_are_json() -> None:
         [message] = await queue.receive()
         assert (message.attributes, message.max_attempts) == ({"a": [1, None, "ü", 1.5]}, 0)
         assert message.content_type is None
+
+
+async def test_a_payload_without_bytes_leaves_its_connection_to_one_call_only() -> None:
+    """It was put back twice, so that two calls had it at once, and each other's answers."""
+    async with behind_a_server() as (remote, queue):
+        await queue.enqueue(b"")
+        [view] = await queue.peek()
+        assert await view.payload() == b""
+        lane = remote.transport.endpoints[0].lane
+        assert lane is not None
+        assert len(lane._idle) == len(set(lane._idle)) == 1
+        counts, receipt = await asyncio.gather(queue.counts(), queue.enqueue(b"x"))
+        assert (counts.bytes <= 1, receipt.duplicate) == (True, False)
