@@ -35,11 +35,13 @@ class Lease:
 
     def __init__(self, id: str, token: int, until_ms: int | None = None, owner: str | None = None) -> None:
         self.id = id
+        """32 hexadecimal digits by chance; whoever knows id and token may answer."""
         self.token = token
         """The fencing token: grows with each delivery of the message; hand it to whatever must refuse stale writers."""
         self.until_ms = until_ms
         """When the lease ends, ms UTC; None for a handle made from its id and token alone."""
         self.owner = owner
+        """The name that `receive(owner=…)` gave; None without one."""
 
     @property
     def until(self) -> datetime | None:

@@ -247,3 +247,21 @@ def test_every_module_of_the_store_in_a_bucket_has_its_place_in_the_picture() ->
     methods = [node for node in protocol.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert len(methods) == 10
     assert "ten methods" in table
+
+
+@pytest.mark.parametrize("name", ["Config", "QueuePolicy", "EnqueueOptions"])
+def test_every_setting_says_what_it_means(name: str) -> None:
+    """A field's own text stands below it; the page of the API would show an empty cell."""
+    tree = ast.parse((ROOT / "src" / "millpond" / "service" / "config.py").read_text("utf-8"))
+    [found] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    pairs = list(zip(found.body, found.body[1:], strict=False))
+    silent = [
+        ast.unparse(field.target)
+        for field, below in pairs
+        if isinstance(field, ast.AnnAssign)
+        and not (
+            isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+        )
+    ]
+    assert silent == []
+    assert len(pairs) > 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -226,3 +227,23 @@ async def test_a_plain_store_is_encrypted_by_what_its_refusal_says(tmp_path: Pat
         [message] = await pond.queue("q").receive()
         assert (message.payload, message.attributes) == (b"once plain", {"a": 1})
         assert await pond.verify() == []
+
+
+# Files that are no store
+
+
+@pytest.mark.parametrize("kind", ["text", "other database"])
+async def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "named by mistake"
+    if kind == "text":
+        file.write_text("somebody's notes\n" * 100)
+    else:
+        connection = sqlite3.connect(file)
+        connection.execute("CREATE TABLE notes(text)")
+        connection.close()
+    before = file.read_bytes()
+    for _ in range(2):
+        with pytest.raises(StoreMismatch):
+            await millpond.connect(f"sqlite:///{file}").open()
+    assert os.listdir(tmp_path) == [file.name]
+    assert file.read_bytes() == before

@@ -397,6 +397,44 @@ def test_closing_ends_the_calls_of_other_threads(pond: SyncPond) -> None:
                 each.result(PATIENCE)
 
 
+def test_who_closes_second_waits_for_the_first(pond: SyncPond) -> None:
+    """Else it would end the loop, and with it the first one's close, in the midst of it."""
+    entered, release = threading.Event(), threading.Event()
+    both = threading.Semaphore(0)
+    lock, released = pond._portal.closing, []
+    store = pond._target.store
+    close = store.close
+
+    class Seen:
+        def __enter__(self) -> None:
+            both.release()
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    async def slow() -> None:
+        entered.set()
+        await asyncio.to_thread(release.wait, PATIENCE)
+        await close()
+        released.append(True)
+
+    pond._portal.closing = Seen()  # type: ignore[assignment]
+    store.close = slow
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            first = threads.submit(pond.close)
+            assert entered.wait(PATIENCE)
+            second = threads.submit(pond.close)
+            for _ in range(2):
+                assert both.acquire(timeout=PATIENCE)
+        finally:
+            release.set()
+        first.result(PATIENCE)
+        second.result(PATIENCE)
+    assert released == [True]
+
+
 def test_a_call_that_cannot_end_is_told_of_the_close(pond: SyncPond) -> None:
     reached = threading.Event()
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_STORE = "sqlite:///millpond.db"
+LOGGED = 1000
+"""Characters of a field in a line of the log."""
 
 
 class Settings:
@@ -134,11 +136,15 @@ def _fields_formatter(form: str) -> logging.Formatter:
     """Event names alone say little: append the fields that the library gives with each."""
     import logging
 
+    from millpond.cli.output import one_line
+
     usual = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
     class Fields(logging.Formatter):
         def formatMessage(self, record: logging.LogRecord) -> str:
-            fields = [f"{name}={value}" for name, value in vars(record).items() if name not in usual]
+            # A consumer's reason may be among them, which must neither steer the terminal nor look like another line.
+            given = {name: value for name, value in vars(record).items() if name not in usual}
+            fields = [f"{name}={one_line(str(value), LOGGED)}" for name, value in given.items()]
             return " ".join([super().formatMessage(record), *fields])
 
     return Fields(form)

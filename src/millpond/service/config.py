@@ -36,15 +36,21 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Defaults and limits of a pond. Durations are seconds. None of it is stored: it is this process's view."""
 
     default_visibility: float = 30.0
+    """How long a lease lasts, where neither consumer, message nor policy says. More than 0."""
     default_max_attempts: int = 5
     """Failures until a message is a dead letter; 0 = never."""
     default_ttl: float | None = None
+    """How long after its enqueue a message may be delivered, where neither it nor the policy says; None = for ever."""
     default_dedup_window: float = 300.0
     """Five minutes, the window that users of SQS FIFO queues know."""
     max_payload_bytes: int = 16 * 1024**3
+    """16 GiB. A larger payload is refused with TooLarge."""
     max_attributes_bytes: int = 64 * 1024
+    """Of a message's attributes as MessagePack; more is TooLarge."""
     max_error_bytes: int = 16 * 1024
+    """Of a last error or a reason as MessagePack; more is TooLarge, but exceptions are cut."""
     max_state_bytes: int = 1024 * 1024
+    """Of a state document as MessagePack; more is TooLarge."""
     ready_cache_size: int = 4096
     """Descriptors kept per queue; what bounds memory under any backlog."""
     ready_page_size: int = 512
@@ -58,11 +64,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     orphan_age: float = 3600.0
     """Payloads without a record are collected when older than this; an upload must finish within it."""
     poll_interval: float = 3.0
+    """Until who waits looks again where nobody tells of changes; it doubles while nothing is found."""
     poll_jitter: float = 0.5
+    """Up to so much more each time, by chance, so that processes do not look together. 0 or more."""
     poll_max_interval: float = 60.0
+    """Longest that such an interval gets."""
     resilient_poll_interval: float = 300.0
+    """Until who waits looks again where changes are told of: in case one was not."""
     max_consumers: int = 4096
+    """Consumers that may wait at once in this pond; one more gets TooManyConsumers."""
     page_size: int = 32
+    """Candidates asked for at once for those who wait; `ready_page_size` if that is more."""
     collect_interval: float | None = None
     """Seconds between the collector's passes (expired messages, orphans). None: 30, or 3,600 where requests cost money;
     there only a pond that has consumed since the last pass makes another."""
@@ -97,11 +109,17 @@ class QueuePolicy(msgspec.Struct, frozen=True, kw_only=True):
     default. Durations are seconds."""
 
     default_visibility: float | None = None
+    """How long a lease lasts unless message or consumer say otherwise."""
     max_attempts: int | None = None
+    """Failures until a message is a dead letter, up to 1,000,000; 0 = never."""
     ttl: float | None = None
+    """How long after its enqueue a message may be delivered."""
     on_expired: Literal["discard", "dead_letter"] = "discard"
+    """What becomes of a message whose time to live is over."""
     on_exhausted: Literal["dead_letter", "discard"] = "dead_letter"
+    """What becomes of a message that has failed as often as it may."""
     dedup_window: float | None = None
+    """For how long a dedup key holds."""
     paused: bool = False
     """Nothing is handed out while it is set; producers and holders go on."""
 
@@ -173,17 +191,27 @@ class EnqueueOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Optional parameters of an enqueue. Durations are seconds; None = the queue's policy, then the pond's default."""
 
     delay: float = 0.0
+    """Not delivered before this long from now."""
     ttl: float | None = None
+    """Not delivered after this long from now. More than 0."""
     priority: int = DEFAULT_PRIORITY
     """0-9, higher first."""
     max_attempts: int | None = None
+    """Failures until it is a dead letter, up to 1,000,000; 0 = never."""
     visibility: float | None = None
+    """How long its leases last unless the consumer says otherwise. More than 0."""
     attributes: dict[str, Any] | None = None
+    """JSON-like values under text keys, kept with the message: at most `Config.max_attributes_bytes`."""
     dedup_key: str | None = None
+    """A second enqueue with it within the window is answered with the first message. Up to 512 bytes."""
     dedup_window: float | None = None
+    """For how long the dedup key holds; without a key it means nothing."""
     ordering_key: str | None = None
+    """Messages of one key are delivered one at a time, in order of enqueueing. Up to 512 bytes."""
     content_type: str | None = None
+    """Media type of the payload; `Message.decode` goes by it. Up to 512 bytes."""
     correlation_id: str | None = None
+    """For tracing; Millpond only keeps it. Up to 512 bytes."""
     message_id: str | None = None
     """An id of the caller's own (a UUID): a second enqueue with it is answered with the first message."""
 

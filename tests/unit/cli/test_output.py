@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
 from millpond.cli.output import Output, one_line, printable, to_json
 from millpond.cli.records import error_text, payload_fields, timestamp
+from millpond.cli.settings import _fields_formatter
 
 
 def test_json_is_one_line_in_the_order_given() -> None:
@@ -64,3 +66,14 @@ def test_notes_go_to_stderr_and_quiet_silences_them(capsys: pytest.CaptureFixtur
     Output(quiet=True).note("hush")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "millpond: hello\n")
+
+
+def test_what_consumers_say_cannot_pass_for_a_line_of_the_log() -> None:
+    record = logging.makeLogRecord({"msg": "millpond.message.dead_lettered", "levelname": "WARNING"})
+    record.reason = "\x1b[2Jgone\nmillpond: ERROR: all is lost" + "!" * 5000
+    line = _fields_formatter("millpond: %(levelname)s: %(message)s").format(record)
+    assert line.startswith(
+        "millpond: WARNING: millpond.message.dead_lettered reason=\\x1b[2Jgone ⏎ millpond: ERROR: all"
+    )
+    assert "\n" not in line
+    assert len(line) < 1100

@@ -399,6 +399,24 @@ def test_a_second_interrupt_ends_commands_and_gives_their_messages_back(use: Use
     use(test)
 
 
+def test_a_second_interrupt_also_ends_a_command_that_is_just_being_started(use: Use) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.queue.enqueue(b"x")
+        runner = bench.runner(*HOLD)
+        spawn = runner._spawn
+
+        def interrupted(*arguments: Any) -> Any:
+            runner.interrupt(2)
+            runner.interrupt(2)
+            return spawn(*arguments)
+
+        runner._spawn = interrupted  # type: ignore[method-assign]
+        tally = await asyncio.wait_for(runner.run(), PATIENCE)
+        assert (tally.given_back, (await bench.queue.counts()).ready) == (1, 1)
+
+    use(test)
+
+
 def test_a_third_interrupt_kills(use: Use) -> None:
     async def test(bench: Bench) -> None:
         await bench.queue.enqueue(b"x")
