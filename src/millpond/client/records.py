@@ -29,6 +29,8 @@ class Held(Delivery):
     """The lease lasts at least as long, by this client's monotonic clock: counted from before it was asked for."""
     unsure: str | None = None
     """The answer that was sent without a reply, and may have been carried out."""
+    line: int = 0
+    """Number of the connection that its stream had then."""
 
 
 def _item(message: native.MessageFields) -> Item:
@@ -69,7 +71,7 @@ def held(delivery: native.Delivery, asked: float) -> Held:
         record,
         False,
         None if trouble is None else faults.exception(0, trouble.error, trouble.detail),
-        asked + (delivery.lease_expires_at_ms - delivery.updated_at_ms) / 1000,
+        held_until=asked + (delivery.lease_expires_at_ms - delivery.updated_at_ms) / 1000,
     )
 
 
