@@ -73,26 +73,14 @@ async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> nati
     await context.gate.admit("producer")
     await context.quota.admit(*names.queue_key(request.namespace, request.queue))
     service = context.pond.service
-    # Of a repetition, what this process has handed out since its first try is in the queue no more, but was.
-    recent = context.held.recent if request.repeated else ()
-    known = {new.message_id for new in request.messages if new.message_id in recent}
-    messages = [
-        (new.payload, views.options(new), new.message_id) for new in request.messages if new.message_id not in known
-    ]
-    if all(options is DEFAULT_OPTIONS and id is None for _, options, id in messages):
+    messages = [(new.payload, views.options(new), new.message_id) for new in request.messages]
+    numbered = views.numbered(request)
+    if numbered is None and all(options is DEFAULT_OPTIONS and id is None for _, options, id in messages):
         # Nothing but payloads: the way with the least work for each.
         receipts = await service.enqueue_many(request.namespace, request.queue, [one[0] for one in messages])
     else:
-        receipts = await service.enqueue_each(request.namespace, request.queue, messages)
-    if not known:
-        return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
-    made = iter(receipts)
-    return native.Receipts(
-        [
-            native.Receipt(new.message_id or "", True) if new.message_id in known else native.Receipt(*next(made))
-            for new in request.messages
-        ]
-    )
+        receipts = await service.enqueue_each(request.namespace, request.queue, messages, numbered=numbered)
+    return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
 
 
 # Consumers

@@ -57,6 +57,8 @@ class Delivery(msgspec.Struct, eq=False, weakref=True):
     """The payload has met its checksum."""
     trouble: MillpondError | None = None
     """Why the payload cannot be read, if it cannot."""
+    holder: Callable[[Delivery], object] | None = None
+    """Told when its consumer has answered, or may not any more."""
 
 
 class HandOff(NamedTuple):
