@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from millpond.errors import Forbidden, InvalidInput, MillpondError
+from millpond.errors import Forbidden, InvalidInput, LeaseLost, MillpondError
 from millpond.message import MessageView
 from millpond.model import names
 from millpond.queue import Queue
@@ -64,6 +64,14 @@ def _results(
     return native.Results(views.results([one.message_id for one in handles], errors))
 
 
+async def _for_good(context: Context, delivery: Delivery) -> None:
+    """Return when what refuses an ack is on the disk. A client concludes from the refusal that an earlier try of its
+    own, which another process may have taken and not synced yet, has removed the message; that must outlive the power,
+    as the answer to that try would have. (In a bucket there is nothing to wait for.)"""
+    if context.pond.store.capabilities.takes:
+        await context.pond.service.decided(delivery.namespace, delivery.queue)
+
+
 # Producers
 
 
@@ -105,6 +113,8 @@ async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Resul
     await call.context.gate.admit("answer")
     deliveries = _held(call.context, request, request.messages)
     errors = await call.context.pond.service.ack_many(deliveries)
+    if any(isinstance(error, LeaseLost) for error in errors):
+        await _for_good(call.context, deliveries[0])
     return _results(call.context, request.messages, deliveries, errors)
 
 
@@ -163,7 +173,11 @@ async def hand_off(call: Call, request: native.HandOffRequest) -> native.Receipt
         if target.message.message_id is not None:
             options = views.with_id(options, target.message.message_id)
         then.append(HandOff(target.namespace or delivery.namespace, target.queue, target.message.payload, options))
-    receipts = await call.context.pond.service.ack(delivery, then)
+    try:
+        receipts = await call.context.pond.service.ack(delivery, then)
+    except LeaseLost:
+        await _for_good(call.context, delivery)
+        raise
     call.context.held.drop(delivery)
     return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
 

@@ -172,8 +172,10 @@ class Fleet:
             if not member.running():
                 assert member.process is not None
                 said = member.log.read_text("utf-8", "replace")[-2000:]
-                # A worker that cannot open its store ends; whoever supervises it starts it again.
-                if not member.expected and "[store_unreachable]" not in said:
+                # A worker that cannot open its store ends, and so does a server that begins amid `_reload`; whoever
+                # supervises it starts it again.
+                fine = "[store_unreachable]" in said or "is not TOML" in said
+                if not member.expected and not fine:
                     self.trouble.append(f"{member.log.name} ended by itself ({member.process.returncode}): {said}")
                 member.start()
 
