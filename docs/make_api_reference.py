@@ -32,7 +32,7 @@ seconds, or a `timedelta`. Errors have a [page of their own](errors.md).
 GROUPS = {
     "Opening": ("connect", "connect_sync", "Pond", "SyncPond", "Config", "Keyring"),
     "Queues": ("Queue", "DeadLetters", "QueuePolicy", "QueueCounts", "EnqueueOptions", "Receipt", "Answer"),
-    "Messages": ("Message", "Lease", "MessageState", "MessageView"),
+    "Messages": ("Message", "Lease", "MessageState", "MessageView", "MessageStream"),
     "Workers": ("Worker", "Consumer", "Context", "Middleware", "RetryPolicy", "Retry", "GiveUp", "Defer", "Outcome"),
     "Tasks and periodic jobs": ("Task", "TaskHandle", "current_task", "Tick"),
     "Without asyncio": (
@@ -41,6 +41,7 @@ GROUPS = {
         "SyncMessage",
         "SyncMessageState",
         "SyncMessageView",
+        "SyncMessageStream",
         "SyncTaskHandle",
     ),
     "Requests and their cost": ("PondRequests", "QueueRequests", "Requests"),

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from millpond import message, pond, queue
+from millpond import message, pond, queue, stream
 from millpond.worker import catalog, registry, tasks
 
 STUB = Path(__file__).parents[1] / "src" / "millpond" / "sync_types.pyi"
@@ -25,6 +25,7 @@ CLASSES: dict[str, tuple[type, ModuleType]] = {
     "SyncMessageState": (message.MessageState, message),
     "SyncMessage": (message.Message, message),
     "SyncMessageView": (message.MessageView, message),
+    "SyncMessageStream": (stream.MessageStream, stream),
     "SyncDeadLetters": (queue.DeadLetters, queue),
     "SyncQueue": (queue.Queue, queue),
     "SyncTaskHandle": (tasks.TaskHandle, tasks),
@@ -66,6 +67,7 @@ IMPORTS = """\
 import builtins
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, tzinfo
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 from millpond.errors import MillpondError
@@ -94,6 +96,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 RENAMED = {
     "MessageState": "SyncMessageState",
     "MessageView": "SyncMessageView",
+    "MessageStream": "SyncMessageStream",
     "Message": "SyncMessage",
     "DeadLetters": "SyncDeadLetters",
     "TaskHandle": "SyncTaskHandle",
@@ -156,6 +159,18 @@ def method(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
     yield ""
 
 
+BLOCK = (
+    "    def __enter__(self) -> SyncMessageStream: ...",
+    "    def __exit__(",
+    "        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None",
+    "    ) -> None: ...",
+    "    def __iter__(self) -> SyncMessageStream: ...",
+    "    def __next__(self) -> SyncMessage: ...",
+    "",
+)
+"""What a stream is for: it has no other methods."""
+
+
 def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
     """The lines of one class."""
     yield f"class {name}({GENERIC[name]}):" if name in GENERIC else f"class {name}:"
@@ -165,6 +180,8 @@ def stub(name: str, cls: type, module: ModuleType) -> Iterator[str]:
     yield from (f"    {attribute}: {kind}" for attribute, kind in attributes.items())
     if attributes:
         yield ""
+    if cls is stream.MessageStream:
+        yield from BLOCK
     for kind, where in [(cls, module), *BASES.get(name, [])]:
         tree = ast.parse(inspect.getsource(where))
         [body] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__]

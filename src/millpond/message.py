@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 from zlib import crc32
 
-from millpond.errors import InvalidInput, MessageNotFound, PayloadNotLoaded, TooLarge
+from millpond.errors import InvalidInput, LeaseLost, MessageNotFound, PayloadNotLoaded, TooLarge
 from millpond.model.message import Lease as LeaseRecord
 from millpond.service import payloads
 from millpond.service.config import EnqueueOptions
@@ -256,18 +257,22 @@ class Message:
         namespace may be given among the options. Raises LeaseLost (nothing changed)."""
         if not isinstance(then, Iterable):
             raise InvalidInput("then is a list of (queue, payload) or (queue, payload, {options})")
-        await self._service.ack(self._delivery, [hand_off(entry, self.namespace) for entry in then] if then else ())
+        successors = [hand_off(entry, self.namespace) for entry in then] if then else ()
+        with _Settling(self._delivery):
+            await self._service.ack(self._delivery, successors)
 
     async def nack(self, error: Any = None, delay: float = 0.0) -> None:
         """Failed: counts a failure; returns after ``delay`` seconds, or becomes a dead letter if its budget is spent.
 
         ``error``: an exception (of its text the first 8 KiB are kept), text or JSON-like value (at most
         `Config.max_error_bytes`), kept with the message. Raises LeaseLost, InvalidInput, TooLarge."""
-        await self._service.nack(self._delivery, delay=delay, error=error)
+        with _Settling(self._delivery):
+            await self._service.nack(self._delivery, delay=delay, error=error)
 
     async def defer(self, delay: float = 0.0) -> None:
         """Give it back without a failure, visible after ``delay`` seconds. Raises LeaseLost."""
-        await self._service.defer(self._delivery, delay=delay)
+        with _Settling(self._delivery):
+            await self._service.defer(self._delivery, delay=delay)
 
     async def extend(self, seconds: float) -> Lease:
         """The lease ends ``seconds`` (> 0) from now. Raises LeaseLost."""
@@ -275,10 +280,30 @@ class Message:
 
     async def bury(self, reason: str, error: Any = None) -> None:
         """Give it up: a dead letter with this reason. Raises LeaseLost."""
-        await self._service.bury(self._delivery, reason, error=error)
+        with _Settling(self._delivery):
+            await self._service.bury(self._delivery, reason, error=error)
 
     def __repr__(self) -> str:
         return f"<Message {self.id} of {self.namespace}/{self.queue}, token {self._delivery.token}>"
+
+
+class _Settling:
+    """Around an answer: whoever counts the message is told when it is answered, or no longer its consumer's."""
+
+    __slots__ = ("_delivery",)
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        holder = self._delivery.holder
+        if holder is not None and (error is None or isinstance(error, LeaseLost)):
+            holder(self._delivery)
 
 
 async def _once(message: Message) -> AsyncIterator[bytes]:

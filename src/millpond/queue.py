@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Iterable, Sequence
 from typing import Any, NamedTuple, Unpack
 
-from millpond.errors import InvalidInput, MillpondError
+from millpond.errors import InvalidInput, LeaseLost, MillpondError
 from millpond.message import Lease, Message, MessageView
 from millpond.model import names
 from millpond.model.message import DEFAULT_PRIORITY
@@ -19,6 +19,7 @@ from millpond.service.config import (
 from millpond.service.consuming import Delivery
 from millpond.service.operations import Operations
 from millpond.service.producing import Receipt
+from millpond.stream import MessageStream
 
 CHUNK = 500
 """Messages of one `enqueue_many` written together: bounded memory for any iterable, and a shared commit."""
@@ -204,20 +205,30 @@ class Queue:
         )
         return [Message(service, delivery) for delivery in deliveries]
 
+    def stream(self, *, credit: int = 100, visibility: float | None = None, owner: str | None = None) -> MessageStream:
+        """Messages as they come: ``async with queue.stream() as messages: async for message in messages: …``.
+
+        At most ``credit`` (1 to 1,000) are unanswered at a time, those that lie ready to be handed out included: so
+        many are taken ahead, and their leases run. ``visibility``, ``owner``: as for `receive`. When the block is left,
+        what was not answered goes back at once, without a failure. See `MessageStream`. Raises InvalidInput."""
+        return MessageStream(
+            self._service, self.namespace, self.name, credit=credit, visibility=visibility, owner=owner
+        )
+
     async def ack_many(self, messages: Iterable[Message]) -> list[Answer]:
         """Ack each in shared commits; one that fails (LeaseLost) does not hinder the others and is in its answer."""
         deliveries = _deliveries(messages)
-        return _answers(deliveries, await self._service.ack_many(deliveries))
+        return _settled(deliveries, await self._service.ack_many(deliveries))
 
     async def nack_many(self, messages: Iterable[Message], *, error: Any = None, delay: float = 0.0) -> list[Answer]:
         """Nack each in shared commits."""
         deliveries = _deliveries(messages)
-        return _answers(deliveries, await self._service.nack_many(deliveries, error=error, delay=delay))
+        return _settled(deliveries, await self._service.nack_many(deliveries, error=error, delay=delay))
 
     async def defer_many(self, messages: Iterable[Message], *, delay: float = 0.0) -> list[Answer]:
         """Give each back in shared commits, without a failure."""
         deliveries = _deliveries(messages)
-        return _answers(deliveries, await self._service.defer_many(deliveries, delay=delay))
+        return _settled(deliveries, await self._service.defer_many(deliveries, delay=delay))
 
     async def extend_many(self, messages: Iterable[Message], seconds: float) -> list[Answer]:
         """Extend each lease to ``seconds`` from now, in shared commits."""
@@ -315,6 +326,15 @@ def _deliveries(messages: Iterable[Message]) -> list[Delivery]:
             raise InvalidInput(f"batch answers take messages, not {type(message).__name__}")
         deliveries.append(message._delivery)
     return deliveries
+
+
+def _settled(deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> list[Answer]:
+    """As `_answers`; whoever counts the messages is told of those that are answered, or no longer their consumer's."""
+    for delivery, error in zip(deliveries, errors, strict=True):
+        holder = delivery.holder
+        if holder is not None and (error is None or isinstance(error, LeaseLost)):
+            holder(delivery)
+    return _answers(deliveries, errors)
 
 
 def _answers(deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> list[Answer]:

@@ -23,6 +23,7 @@ from millpond.errors import StoreClosed, StoreError
 from millpond.message import Message, MessageState, MessageView
 from millpond.pond import DEFAULT_URL, Pond
 from millpond.queue import DeadLetters, Queue
+from millpond.stream import MessageStream
 from millpond.worker.tasks import TaskHandle
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         SyncDeadLetters,
         SyncMessage,
         SyncMessageState,
+        SyncMessageStream,
         SyncMessageView,
         SyncQueue,
         SyncTaskHandle,
@@ -44,6 +46,7 @@ __all__ = [
     "SyncDeadLetters",
     "SyncMessage",
     "SyncMessageState",
+    "SyncMessageStream",
     "SyncMessageView",
     "SyncPond",
     "SyncQueue",
@@ -198,6 +201,26 @@ if not TYPE_CHECKING:
 
         __slots__ = ()
 
+    class SyncMessageStream(Synchronous):
+        """`MessageStream`, for synchronous code: ``with queue.stream() as messages: for message in messages: …``."""
+
+        __slots__ = ()
+
+        def __enter__(self) -> SyncMessageStream:
+            self._portal.run(self._target.__aenter__())
+            return self
+
+        def __exit__(
+            self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        ) -> None:
+            self._portal.run(self._target.__aexit__(kind, error, traceback))
+
+        def __iter__(self) -> SyncMessageStream:
+            return self
+
+        def __next__(self) -> SyncMessage:
+            return _outside(self._portal, self._portal.run(self._target.__anext__()))
+
     class SyncTaskHandle(Synchronous):
         """`TaskHandle`, for synchronous code."""
 
@@ -214,6 +237,7 @@ PROXIES: dict[type, Any] = {
     Message: SyncMessage,
     MessageState: SyncMessageState,
     MessageView: SyncMessageView,
+    MessageStream: SyncMessageStream,
     DeadLetters: SyncDeadLetters,
     TaskHandle: SyncTaskHandle,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, tzinfo
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, Unpack, overload
 
 from millpond.errors import MillpondError
@@ -257,6 +258,16 @@ class SyncMessageView:
     def payload(self) -> bytes:
         """The whole payload. Raises MessageNotFound when the message is gone by now."""
 
+class SyncMessageStream:
+    """`MessageStream`, for synchronous code."""
+
+    def __enter__(self) -> SyncMessageStream: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+    def __iter__(self) -> SyncMessageStream: ...
+    def __next__(self) -> SyncMessage: ...
+
 class SyncDeadLetters:
     """`DeadLetters`, for synchronous code."""
 
@@ -331,6 +342,19 @@ class SyncQueue:
 
         Returns as soon as there is one. ``visibility``: seconds until the leases end, None for the messages' own.
         ``owner``: a name for operators to see. Raises TooManyConsumers, InvalidInput, StoreError."""
+
+    def stream(
+        self,
+        *,
+        credit: int = ...,
+        visibility: float | None = ...,
+        owner: str | None = ...,
+    ) -> SyncMessageStream:
+        """Messages as they come: ``async with queue.stream() as messages: async for message in messages: …``.
+
+        At most ``credit`` (1 to 1,000) are unanswered at a time, those that lie ready to be handed out included: so
+        many are taken ahead, and their leases run. ``visibility``, ``owner``: as for `receive`. When the block is left,
+        what was not answered goes back at once, without a failure. See `MessageStream`. Raises InvalidInput."""
 
     def ack_many(self, messages: Iterable[SyncMessage]) -> builtins.list[Answer]:
         """Ack each in shared commits; one that fails (LeaseLost) does not hinder the others and is in its answer."""

@@ -93,6 +93,7 @@ def instances(pond: SyncPond) -> dict[str, Any]:
         "Message": message,
         "MessageState": message.state,
         "MessageView": queue.get(message.id),
+        "MessageStream": queue.stream(),
         "DeadLetters": queue.dead_letters,
         "TaskHandle": pond.send(task.call()),
     }
@@ -110,7 +111,7 @@ def test_every_class_with_something_to_await_has_a_synchronous_one(pond: SyncPon
 def test_nothing_has_to_be_awaited(pond: SyncPond, name: str) -> None:
     cls, target = asynchronous_classes()[name], instances(pond)[name]
     awaited = [each for each in public(cls) if inspect.iscoroutinefunction(getattr(cls, each))]
-    assert awaited or name == "Pond"
+    assert awaited or name in ("Pond", "MessageStream")  # which have a block and a loop
     for each in awaited:
         attribute = getattr(target, each)
         assert callable(attribute)
@@ -611,3 +612,49 @@ with millpond.connect_sync({url!r}) as pond:
     assert (code, output) == (-signal.SIGINT, "waiting\n")
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert "Exception ignored" not in errors
+
+
+def _take(queue: SyncQueue) -> list[bytes]:
+    found = []
+    with queue.stream(credit=3) as stream:
+        assert iter(stream) is stream
+        for message in stream:
+            found.append(message.payload)
+            assert isinstance(message, SyncMessage)
+            assert [answer.error for answer in queue.ack_many([message])] == [None]
+            if len(found) == 5:
+                break
+    with pytest.raises(InvalidInput, match="async with"):
+        next(stream)
+    return found
+
+
+@pytest.mark.parametrize("url", ["memory://", "sqlite"])
+def test_a_stream_without_asyncio(url: str, tmp_path: Path) -> None:
+    with millpond.connect_sync(f"sqlite:///{tmp_path / 'a.db'}" if url == "sqlite" else url) as pond:
+        queue = pond.queue("orders")
+        queue.enqueue_many([b"%d" % number for number in range(9)])
+        assert _take(queue) == [b"0", b"1", b"2", b"3", b"4"]
+        assert queue.counts()[:3] == (4, 0, 0), "what lay ready went back"
+
+
+def test_who_waits_in_a_stream_is_told_when_the_pond_is_closed() -> None:
+    pond = millpond.connect_sync("memory://").open()
+    begun = threading.Event()
+    ended: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with pond.queue("orders").stream() as stream:
+                begun.set()
+                next(stream)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert begun.wait(10)
+    pond.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert isinstance(ended[0], StoreClosed)

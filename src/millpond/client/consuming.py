@@ -19,11 +19,12 @@ from zlib import crc32
 import msgspec
 from msgspec import UNSET
 
-from millpond.client import records
+from millpond.client import records, streaming
 from millpond.client.asking import decoder, encode, read
 from millpond.client.asking import key as queue_key
 from millpond.client.producing import Producing, receipts, whole
 from millpond.client.records import NEVER, Held, Moment
+from millpond.client.streaming import Frames
 from millpond.client.transport import Attempt
 from millpond.errors import LeaseLost, MessageNotFound, MillpondError
 from millpond.model.codec import encode_value
@@ -116,6 +117,14 @@ class Consuming(Producing):
                 left = 0.0
             elif left <= 0:
                 return found
+
+    def stream(
+        self, namespace: str, queue: str, *, credit: int, visibility: float | None = None, owner: str | None = None
+    ) -> Frames:
+        """As `QueueService.stream`: one request, over which messages come."""
+        wish = None if visibility is None else milliseconds(visibility, "visibility", positive=True)
+        asked = streaming.request(namespace, queue, credit, wish, owner)
+        return Frames(self.transport, self.clock, asked, self._defer_quietly)
 
     async def _poll(self, body: Callable[[], bytes], wait: float) -> list[Delivery]:
         attempt = Attempt()

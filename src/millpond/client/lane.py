@@ -28,6 +28,8 @@ IDLE = 15.0
 MOST_IDLE = 128
 CLOSED = "it closed the connection"
 """What is said of a server that ends a connection without a word."""
+MAX_CHUNK_LINE = 1024
+"""Bytes of the line before a chunk."""
 READ_AHEAD = 512 * 1024
 """Bytes of a streamed answer that wait for their reader; beyond, the server waits."""
 
@@ -65,7 +67,10 @@ class Connection(asyncio.Protocol):
         """Set while the server reads more slowly than we write."""
         self._streaming = False
         self._left = 0
-        """Bytes of a streamed answer that are still to come."""
+        """Bytes of a streamed answer that are still to come; 1 while a chunked one goes on."""
+        self._chunked = False
+        self._piece = 0
+        """Bytes of the chunk that are still to come, with the end of its line."""
         self._chunks: deque[bytes] = deque()
         self._ahead = 0
         self._wanted: asyncio.Future[None] | None = None
@@ -117,9 +122,12 @@ class Connection(asyncio.Protocol):
                 waiting.set_result(answer)
 
     def _begin_stream(self) -> None:
+        self._chunked = self._length is None
         if self._length is None:
-            raise ValueError("a stream without a length")
-        self._left = self._length
+            # Whatever is to come; its chunks' sizes are told as they come.
+            self._left, self._piece, self.keep = 1, 0, False
+        else:
+            self._left = self._length
         rest = bytes(self._buffer[self._body_at :])
         self._buffer.clear()
         self._body_at = 0
@@ -130,6 +138,23 @@ class Connection(asyncio.Protocol):
             self._feed(rest)
 
     def _feed(self, data: bytes) -> None:
+        if self._chunked:
+            try:
+                data = self._unchunk(data)
+            except ValueError as error:
+                self._lost = BadAnswer(f"it answers with something else than HTTP: {error}")
+                self.abort()
+                _wake(self._wanted)
+                return
+            if data:
+                self._chunks.append(data)
+                self._ahead += len(data)
+                if self._ahead > READ_AHEAD and self._lost is None:
+                    self._transport.pause_reading()
+            if not self._left:
+                self._streaming = False
+            _wake(self._wanted)
+            return
         if len(data) > self._left:
             self.keep = False  # more than was asked for
             data = data[: self._left]
@@ -142,6 +167,30 @@ class Connection(asyncio.Protocol):
         if not self._left:
             self._streaming = False
         _wake(self._wanted)
+
+    def _unchunk(self, data: bytes) -> bytes:
+        """What is in the chunks so far. Raises ValueError."""
+        buffer, parts = self._buffer, []
+        buffer += data
+        while buffer and self._left:
+            if self._piece:
+                # What is left of a chunk, and the end of its line.
+                part = bytes(buffer[: self._piece])
+                del buffer[: self._piece]
+                self._piece -= len(part)
+                parts.append(part[: len(part) - max(0, 2 - self._piece)] if self._piece < 2 else part)
+                continue
+            line = buffer.find(b"\r\n")
+            if line < 0:
+                if len(buffer) > MAX_CHUNK_LINE:
+                    raise ValueError("a chunk without a size")
+                break
+            size = int(bytes(buffer[:line]).partition(b";")[0], 16)
+            del buffer[: line + 2]
+            self._piece = size + 2 if size else 0
+            if not size:
+                self._left = 0
+        return b"".join(parts)
 
     def _fail(self, error: OSError) -> None:
         waiting, self._waiting = self._waiting, None
@@ -254,6 +303,11 @@ class Connection(asyncio.Protocol):
         if self._ahead <= READ_AHEAD and self._lost is None:
             self._transport.resume_reading()
         return data
+
+    @property
+    def whole(self) -> bool:
+        """The streamed answer was read to its end."""
+        return not self._left and not self._chunks
 
     def abort(self) -> None:
         """End it at once."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 
 from millpond.client import records
-from millpond.client.asking import Asking, decoder, encode, read
+from millpond.client.asking import Asking, decoder, read
 from millpond.client.asking import key as queue_key
-from millpond.client.transport import Attempt
+from millpond.client.transport import Attempt, Transport
 from millpond.errors import InvalidInput, TooLarge
+from millpond.model.clock import Clock
+from millpond.model.ids import IdSource
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, Wishes, check_options
 from millpond.service.payloads import Inline, Payload, Streamed, prepare
 from millpond.service.producing import Receipt
@@ -38,8 +41,41 @@ class _Uploaded(msgspec.Struct):
     duplicate: bool = False
 
 
+class Sessions:
+    """Numbers requests, so that the store knows one that is sent again, whatever has become of its messages.
+
+    Of a session one request is under way at a time, with all its tries, and numbers rise: so it is enough that the
+    store keeps the last of each. The session used last is used first, which keeps them few.
+    """
+
+    def __init__(self, ids: IdSource) -> None:
+        self._ids = ids
+        self._name = ""
+        self._made = 0
+        self._free: list[tuple[str, int]] = []
+
+    @contextmanager
+    def request(self) -> Iterator[tuple[str, int]]:
+        """Session and number of a request, for as long as it is under way."""
+        if self._free:
+            session, number = self._free.pop()
+        else:
+            self._name = self._name or self._ids.random(12).hex()
+            session, number = f"{self._name}-{self._made}", 0
+            self._made += 1
+        number += 1
+        try:
+            yield session, number
+        finally:
+            self._free.append((session, number))
+
+
 class Producing(Asking):
     """The producers' part."""
+
+    def __init__(self, transport: Transport, clock: Clock, ids: IdSource) -> None:
+        super().__init__(transport, clock, ids)
+        self._sessions = Sessions(ids)
 
     def _chosen(self, wishes: Wishes | None) -> str:
         """The id of a message, chosen before it is sent, as the service chooses it."""
@@ -99,13 +135,16 @@ class Producing(Asking):
 
     async def _send(self, key: tuple[str, str], batch: list[native.NewMessage], wishes: Wishes | None) -> list[Receipt]:
         attempt = Attempt()
-        own = wishes is None or wishes.message_id is None
-
-        def body() -> bytes:
-            repeated = own and attempt.unsure
-            return encode(native.EnqueueBatchRequest(namespace=key[0], queue=key[1], messages=batch, repeated=repeated))
-
-        found = read(receipts, await self.transport.call("/v1/queue/enqueueBatch", body, attempt=attempt))
+        with self._sessions.request() as (session, number):
+            request = native.EnqueueBatchRequest(
+                namespace=key[0],
+                queue=key[1],
+                messages=batch,
+                session=session,
+                number=number,
+                fresh_ids=wishes is None or wishes.message_id is None,
+            )
+            found = await self._ask("/v1/queue/enqueueBatch", request, receipts, attempt=attempt)
         return [
             self._receipt(receipt.message_id, receipt.duplicate, new.message_id, attempt, wishes)
             for receipt, new in zip(found.receipts, batch, strict=True)
@@ -133,6 +172,19 @@ class Producing(Asking):
         }
         if message.max_attempts == 0:
             meta["unlimited_attempts"] = True  # 0 is lockd's word for "the default"
+        with self._sessions.request() as (session, number):
+            meta |= {"session": session, "number": number}
+            meta["fresh_ids"] = wishes is None or wishes.message_id is None
+            return await self._send_apart(key, payload, wishes, message, meta)
+
+    async def _send_apart(
+        self,
+        key: tuple[str, str],
+        payload: Callable[[], AsyncIterator[bytes]] | Streamed,
+        wishes: Wishes | None,
+        message: native.NewMessage,
+        meta: dict[str, Any],
+    ) -> Receipt:
         kind, head = _meta_part({"namespace": key[0], "queue": key[1], **meta})
         boundary = BOUNDARY + self.ids.random(16).hex()
 
@@ -166,7 +218,7 @@ class Producing(Asking):
             attempt=attempt,
         )
         found = read(lambda data: msgspec.json.decode(data, type=_Uploaded), data)
-        return self._receipt(found.message_id, found.duplicate, id, attempt, wishes)
+        return self._receipt(found.message_id, found.duplicate, message.message_id, attempt, wishes)
 
 
 def _meta_part(meta: dict[str, Any]) -> tuple[str, bytes]:

@@ -58,6 +58,8 @@ class Held(Delivery):
     """The lease lasts at least as long: counted from before it was asked for."""
     unsure: str | None = None
     """The answer that was sent without a reply, and may have been carried out."""
+    line: int = 0
+    """Number of the connection that its stream had then."""
 
 
 def _item(message: native.MessageFields) -> Item:
@@ -98,7 +100,7 @@ def held(delivery: native.Delivery, asked: Moment) -> Held:
         record,
         False,
         None if trouble is None else faults.exception(0, trouble.error, trouble.detail),
-        NEVER if asked is NEVER else asked.after(delivery.lease_expires_at_ms - delivery.updated_at_ms),
+        held_until=NEVER if asked is NEVER else asked.after(delivery.lease_expires_at_ms - delivery.updated_at_ms),
     )
 
 

@@ -270,7 +270,23 @@ class Transport:
 
     async def download(self, path: str, body: bytes) -> AsyncGenerator[bytes, None]:
         """The body of an answer in chunks. Raises as `call`; StoreUnreachable when it breaks off."""
+        async with self._streams, contextlib.aclosing(self._body(path, body, None)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def listen(self, path: str, body: bytes, silence: float) -> AsyncGenerator[bytes, None]:
+        """As `download`, for an answer that has no end; ``silence``: seconds without a byte after which it counts as
+        broken off."""
+        return self._body(path, body, silence)
+
+    @property
+    def closed(self) -> bool:
+        """It was closed."""
+        return self._closed
+
+    async def _body(self, path: str, body: bytes, silence: float | None) -> AsyncGenerator[bytes, None]:
         limit = self._address.timeout / TRIES_PER_TIMEOUT
+        patience = limit if silence is None else silence
         opened: list[tuple[Endpoint, Link]] = []
 
         async def once(endpoint: Endpoint, link: Link, left: float) -> Answer:
@@ -282,32 +298,34 @@ class Transport:
 
             return await self._use(endpoint, link, min(limit, left), send, leave=True)
 
-        async with self._streams:
-            await self._persist(once, Attempt(), changes=False)
-            [(endpoint, link)] = opened
-            connection, lane = link.connection, endpoint.lane
-            assert connection is not None
-            assert lane is not None
-            received = 0
-            try:
-                while True:
-                    timer = self.io_clock.call_later(limit, link.cut)
-                    try:
-                        chunk = await connection.chunk()
-                    finally:
-                        timer.cancel()
-                    if not chunk:
-                        return
-                    received += len(chunk)
-                    yield chunk
-            except OSError as error:
-                self._check_open()
-                text = "nothing comes any more" if link.cut_off else _words(error)
-                raise StoreUnreachable(
-                    f"the payload broke off after {received} bytes from {endpoint.url} ({text}); read it again"
-                ) from error
-            finally:
-                lane.put_back(connection)
+        await self._persist(once, Attempt(), changes=False)
+        [(endpoint, link)] = opened
+        connection, lane = link.connection, endpoint.lane
+        assert connection is not None
+        assert lane is not None
+        received = 0
+        try:
+            while True:
+                timer = self.io_clock.call_later(patience, link.cut)
+                try:
+                    chunk = await connection.chunk()
+                finally:
+                    timer.cancel()
+                if not chunk:
+                    return
+                received += len(chunk)
+                yield chunk
+        except OSError as error:
+            self._check_open()
+            text = "nothing comes any more" if link.cut_off else _words(error)
+            what = "payload" if silence is None else "stream"
+            raise StoreUnreachable(
+                f"the {what} broke off after {received} bytes from {endpoint.url} ({text}); read it again"
+            ) from error
+        finally:
+            if not connection.whole:
+                connection.abort()  # what is still on its way would be taken for the next answer
+            lane.put_back(connection)
 
     async def _persist(
         self,

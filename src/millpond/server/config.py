@@ -63,6 +63,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     backlog: int = 2048
     """Connections that wait to be accepted."""
     max_consumers: int = 4096
+    retry_window: float = 600.0
+    """As `Config.retry_window`."""
     max_queues_per_namespace: int = 10_000
     header_timeout: float = 10.0
     body_timeout: float = 30.0
@@ -174,7 +176,7 @@ _LEAST = {
     "max_body_bytes": 1024,
     "max_meta_bytes": 1024,
 }
-_NOT_AT_ALL = {"drain_grace": 0.0, "shutdown_timeout": 0.0}
+_NOT_AT_ALL = {"retry_window": 0.0, "drain_grace": 0.0, "shutdown_timeout": 0.0}
 """Durations that may be nothing."""
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import msgspec
 
 from millpond.model import names
-from millpond.server.recent import Recent
 from millpond.service.consuming import Delivery
 
 CAPACITY = 16_384
@@ -34,7 +33,6 @@ class Held:
         self._held: OrderedDict[str, Delivery] = OrderedDict()
         self._sizes: dict[str, int] = {}
         """Of those that have anything of their own."""
-        self.recent = Recent()
         self.answered: Callable[[str], object] = lambda lease_id: None
         """Told the lease of each delivery that is over."""
 
@@ -45,7 +43,6 @@ class Held:
         """Remember a delivery whose payload is on its way: the payload is let go."""
         delivery.payload = None
         held, id = self._held, delivery.id
-        self.recent.add(id)
         before = held.get(id)
         if before is not None:
             self._forget(id, before if before is not delivery else None)
@@ -97,7 +94,6 @@ class Held:
     def drop(self, delivery: Delivery) -> None:
         """Forget a message that was answered, or is somebody else's by now; whoever streamed it is told. What is known
         of another lease on it stays: a late answer says nothing about who holds the message now."""
-        self.recent.add(delivery.id)
         kept = self._held.get(delivery.id)
         if kept is not None and kept.lease_id == delivery.lease_id:
             del self._held[delivery.id]

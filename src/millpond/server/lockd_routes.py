@@ -16,7 +16,7 @@ import msgspec
 from millpond.errors import InvalidMessageId, LeaseLost
 from millpond.model import names
 from millpond.model.message import DEFAULT_PRIORITY, Lease
-from millpond.server import deliveries, state_routes, subscribe, watch
+from millpond.server import deliveries, state_routes, subscribe, views, watch
 from millpond.server.context import Call, Handler
 from millpond.server.lockd_requests import DEQUEUE, MAX_PAGE, place, read, waiting, wish
 from millpond.server.receiving import give_back, receive
@@ -149,7 +149,7 @@ async def enqueue(call: Call) -> None:
     given = meta.correlation_id or headers.correlation_id(call.header(headers.CORRELATION))
     options = _options(meta, given)
     service = context.pond.service
-    receipt = await service.enqueue(*key, payload, options)
+    receipt = await service.enqueue(*key, payload, options, numbered=views.numbered(meta))
     size = len(payload) if upload is None else upload.size
     defaults = service.defaults_at_hand(key) or await service.defaults(key)
     max_attempts = defaults.max_attempts if options.max_attempts is None else options.max_attempts

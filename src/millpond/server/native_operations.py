@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from millpond.errors import Forbidden, InvalidInput, MillpondError
+from millpond.errors import Forbidden, InvalidInput, LeaseLost, MillpondError
 from millpond.message import MessageView
 from millpond.model import names
 from millpond.queue import Queue
@@ -63,6 +63,14 @@ def results(
     return native.Results(views.results([one.message_id for one in handles], errors))
 
 
+async def _for_good(context: Context, delivery: Delivery) -> None:
+    """Return when what refuses an ack is on the disk. A client concludes from the refusal that an earlier try of its
+    own, which another process may have taken and not synced yet, has removed the message; that must outlive the power,
+    as the answer to that try would have. (In a bucket there is nothing to wait for.)"""
+    if context.pond.store.capabilities.takes:
+        await context.pond.service.decided(delivery.namespace, delivery.queue)
+
+
 # Producers
 
 
@@ -72,26 +80,14 @@ async def enqueue_batch(call: Call, request: native.EnqueueBatchRequest) -> nati
     await context.gate.admit("producer")
     await context.quota.admit(*names.queue_key(request.namespace, request.queue))
     service = context.pond.service
-    # Of a repetition, what this process has handed out since its first try is in the queue no more, but was.
-    recent = context.held.recent if request.repeated else ()
-    known = {new.message_id for new in request.messages if new.message_id in recent}
-    messages = [
-        (new.payload, views.options(new), new.message_id) for new in request.messages if new.message_id not in known
-    ]
-    if all(options is DEFAULT_OPTIONS and id is None for _, options, id in messages):
+    messages = [(new.payload, views.options(new), new.message_id) for new in request.messages]
+    numbered = views.numbered(request)
+    if numbered is None and all(options is DEFAULT_OPTIONS and id is None for _, options, id in messages):
         # Nothing but payloads: the way with the least work for each.
         receipts = await service.enqueue_many(request.namespace, request.queue, [one[0] for one in messages])
     else:
-        receipts = await service.enqueue_each(request.namespace, request.queue, messages)
-    if not known:
-        return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
-    made = iter(receipts)
-    return native.Receipts(
-        [
-            native.Receipt(new.message_id or "", True) if new.message_id in known else native.Receipt(*next(made))
-            for new in request.messages
-        ]
-    )
+        receipts = await service.enqueue_each(request.namespace, request.queue, messages, numbered=numbered)
+    return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
 
 
 # Consumers
@@ -116,6 +112,8 @@ async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Resul
     await call.context.gate.admit("answer")
     deliveries = _held(call.context, request, request.messages)
     errors = await call.context.pond.service.ack_many(deliveries)
+    if any(isinstance(error, LeaseLost) for error in errors):
+        await _for_good(call.context, deliveries[0])
     return results(call.context, request.messages, deliveries, errors)
 
 
@@ -174,7 +172,11 @@ async def hand_off(call: Call, request: native.HandOffRequest) -> native.Receipt
         if target.message.message_id is not None:
             options = views.with_id(options, target.message.message_id)
         then.append(HandOff(target.namespace or delivery.namespace, target.queue, target.message.payload, options))
-    receipts = await call.context.pond.service.ack(delivery, then)
+    try:
+        receipts = await call.context.pond.service.ack(delivery, then)
+    except LeaseLost:
+        await _for_good(call.context, delivery)
+        raise
     call.context.held.drop(delivery)
     return native.Receipts([native.Receipt(*receipt) for receipt in receipts])
 

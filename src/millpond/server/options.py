@@ -100,6 +100,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("backlog", "limit.backlog", "number", "Most connections that wait to be accepted."),
     Setting("max_consumers", "limit.consumers", "number", "Most consumers that wait; more are told queue_busy."),
+    Setting(
+        "retry_window",
+        "limit.retry_window",
+        "duration",
+        "For how long the store knows that an enqueue was carried out, so that a client may send it again; 0: not.",
+    ),
     Setting("max_queues_per_namespace", "limit.queues", "number", "Most queues in a namespace; 0: no such limit."),
     Setting(
         "header_timeout", "timeout.header", "duration", "For the head of a request, or a TLS handshake, to arrive."

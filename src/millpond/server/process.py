@@ -51,6 +51,7 @@ def pond_config(config: ServerConfig) -> Config:
         max_payload_bytes=config.max_payload_bytes,
         max_attributes_bytes=config.max_attributes_bytes,
         max_consumers=config.max_consumers,
+        retry_window=config.retry_window,
     )
 
 

@@ -75,7 +75,7 @@ class Joining(NamedTuple):
 def _prepare_enqueue(
     context: Context, request: native.EnqueueBatchRequest, place: Place
 ) -> tuple[Hashable, tuple[bytes, str | None]] | None:
-    if len(request.messages) != 1 or request.repeated or not context.quota.knows(*place):
+    if len(request.messages) != 1 or request.number is not None or not context.quota.knows(*place):
         return None
     [new] = request.messages
     if len(new.payload) > context.pond.service.inline_limit or views.options(new) is not DEFAULT_OPTIONS:

@@ -8,15 +8,16 @@ from typing import Any, cast
 
 import msgspec
 
-from millpond.errors import MillpondError
+from millpond.errors import InvalidInput, MillpondError
 from millpond.message import MessageView
 from millpond.model.message import DEFAULT_PRIORITY
 from millpond.requests import PondRequests
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, QueuePolicy
 from millpond.service.consuming import Delivery
+from millpond.service.producing import Numbered
 from millpond.service.ready import Record
 from millpond.stores.base import Requests
-from millpond.wire import faults, native
+from millpond.wire import faults, lockd, native
 
 
 def _common(record: Record) -> dict[str, Any]:
@@ -120,6 +121,16 @@ def results(ids: Sequence[str], errors: Sequence[MillpondError | None]) -> list[
         native.Result(id) if error is None else native.Result(id, refusal(error))
         for id, error in zip(ids, errors, strict=True)
     ]
+
+
+def numbered(request: native.EnqueueBatchRequest | lockd.EnqueueMeta) -> Numbered | None:
+    """Which request of its producer an enqueue is, if it says so. Raises InvalidInput for half of it."""
+    session, number = request.session, request.number
+    if session is None and number is None:
+        return None
+    if session is None or number is None:
+        raise InvalidInput("session and number go together: give both, or neither")
+    return Numbered(session, number, request.fresh_ids)
 
 
 def options(new: native.NewMessage) -> EnqueueOptions:

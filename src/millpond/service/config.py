@@ -43,6 +43,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """How long after its enqueue a message may be delivered, where neither it nor the policy says; None = for ever."""
     default_dedup_window: float = 300.0
     """Five minutes, the window that users of SQS FIFO queues know."""
+    retry_window: float = 600.0
+    """For how long at least the store knows that an enqueue by way of a server was carried out, whatever has become of
+    its message, so that a client which got no reply can send it again: twenty times a client's time-out. 0: not at all.
+    """
     max_payload_bytes: int = 16 * 1024**3
     """16 GiB. A larger payload is refused with TooLarge."""
     max_attributes_bytes: int = 64 * 1024
@@ -86,6 +90,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         ):
             _duration(name, getattr(self, name))
         _duration("poll_jitter", self.poll_jitter, zero=True)
+        _duration("retry_window", self.retry_window, zero=True)
         for name in ("default_ttl", "policy_max_age", "collect_interval"):
             if getattr(self, name) is not None:
                 _duration(name, getattr(self, name))

@@ -60,6 +60,8 @@ class Delivery(msgspec.Struct, eq=False, gc=False):
     """The payload has met its checksum."""
     trouble: MillpondError | None = None
     """Why the payload cannot be read, if it cannot; without a traceback. Raise a copy."""
+    holder: Callable[[Delivery], object] | None = None
+    """Told when its consumer has answered, or may not any more."""
 
 
 class HandOff(NamedTuple):

@@ -55,6 +55,20 @@ class Answers(Payloads, Protocol):
     async def delete_state(self, delivery: Delivery, *, etag: str = WHATEVER) -> None: ...
 
 
+class Feed(Protocol):
+    """Where the deliveries of a stream come from. One caller at a time."""
+
+    @property
+    def broken(self) -> bool:
+        """What it gave and was not answered is this consumer's no more."""
+
+    async def more(self, room: int) -> list[Delivery]:
+        """Wait for deliveries; about ``room`` at most. [] is no end. What comes for one that is cancelled goes back."""
+
+    async def close(self, unanswered: Sequence[Delivery]) -> None:
+        """Take no more, and give back what was not answered."""
+
+
 class Operations(Answers, Protocol):
     """Everything."""
 
@@ -78,6 +92,10 @@ class Operations(Answers, Protocol):
         visibility: float | None = None,
         owner: str | None = None,
     ) -> list[Delivery]: ...
+
+    def stream(
+        self, namespace: str, queue: str, *, credit: int, visibility: float | None = None, owner: str | None = None
+    ) -> Feed: ...
 
     async def ack_many(self, deliveries: Sequence[Delivery]) -> Results: ...
 

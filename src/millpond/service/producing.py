@@ -9,15 +9,21 @@ from zlib import crc32
 import msgspec
 
 from millpond import lifecycle
-from millpond.errors import InvalidInput, StoreError
+from millpond.errors import InvalidInput, OutcomeUnknown, StoreError
 from millpond.model import names
 from millpond.model.codec import encode
 from millpond.model.message import DEFAULT_PRIORITY, HEAD_FORMAT, Head, Status
-from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, check_options, milliseconds
+from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, check_options, milliseconds, short_text
 from millpond.service.core import Core, Defaults, QueueKey
 from millpond.service.payloads import Payload, Streamed, Summed, prepare
 from millpond.service.ready import Record
-from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Outcome, Unique
+from millpond.stores.base import Cause, Conflict, Insert, Inserted, Item, Outcome, Serial, Unique
+
+UNNAMED = "a request with a session has a number, and each of its messages an id of its producer's own (message_id)"
+PASSED = (
+    "this session has carried out a request with this number or a higher one: whether this one was, too, is not known. "
+    "Send the requests of a session one after the other, each with a higher number"
+)
 
 
 class Receipt(NamedTuple):
@@ -27,6 +33,17 @@ class Receipt(NamedTuple):
     """The message's id: the new one's, or that of the first message with this dedup key or id."""
     duplicate: bool
     """The message was there already (same dedup key or id); nothing was added."""
+
+
+class Numbered(NamedTuple):
+    """Which request of its producer an enqueue is, so that a repetition is known (`Config.retry_window`). A session is
+    a producer that sends one request after the other, each with a higher number; a repetition has the number of the
+    first try. Its messages have ids of the producer's own."""
+
+    session: str
+    number: int
+    fresh: bool = True
+    """These ids were made for this request; otherwise the producer may give them to other messages later."""
 
 
 class _Draft(msgspec.Struct, frozen=True, gc=False):
@@ -53,19 +70,26 @@ class Producing(Core):
     """The stamp made last: many messages are enqueued within a millisecond."""
 
     async def enqueue(
-        self, namespace: str | None, queue: str, source: Any, options: EnqueueOptions = DEFAULT_OPTIONS
+        self,
+        namespace: str | None,
+        queue: str,
+        source: Any,
+        options: EnqueueOptions = DEFAULT_OPTIONS,
+        *,
+        numbered: Numbered | None = None,
     ) -> Receipt:
         """Put a message into the queue; when this returns it is in the store for good.
 
         ``source``: see `millpond.service.payloads`. Raises InvalidQueue, InvalidInput, TooLarge (nothing written),
-        StoreError. Not idempotent unless ``dedup_key`` or ``message_id`` is given.
+        StoreError. Not idempotent unless ``dedup_key``, or ``message_id`` with or without ``numbered``, is given.
         """
         key = self.key(namespace, queue)
         defaults = self.defaults_at_hand(key) or await self.defaults(key)
         if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
             draft = self._plain(key, defaults, self._stamp(0, defaults.ttl), source, self.ids.message_id())
         else:
-            draft = await self._draft(key, defaults, source, options)
+            serial = None if numbered is None else self._serial(numbered, options.message_id)
+            draft = await self._draft(key, defaults, source, options, serial)
         outcomes = await self.write((draft.op,))
         self._tell(key, (draft,), outcomes)
         return self._receipt(draft, outcomes[0])
@@ -102,49 +126,73 @@ class Producing(Core):
         ]
 
     async def enqueue_each(
-        self, namespace: str | None, queue: str, messages: Sequence[tuple[Any, EnqueueOptions, str | None]]
+        self,
+        namespace: str | None,
+        queue: str,
+        messages: Sequence[tuple[Any, EnqueueOptions, str | None]],
+        *,
+        numbered: Numbered | None = None,
     ) -> list[Receipt]:
         """As `enqueue_many`, each message with options of its own, and with the id that its producer chose for it, if
-        any (in place of ``options.message_id``). When one of them cannot be right, none is written."""
+        any (in place of ``options.message_id``). When one of them cannot be right, none is written. Of one that was
+        ``numbered`` and carried out before, nothing is, and every receipt says duplicate."""
         key = self.key(namespace, queue)
         defaults = self.defaults_at_hand(key) or await self.defaults(key)
         drafts: list[_Draft] = []
+        serial = None
+        if numbered is not None and messages:
+            if any(id is None for _, _, id in messages):
+                raise InvalidInput(UNNAMED)
+            serial = self._serial(numbered, messages[0][2])
         for index, (source, options, id) in enumerate(messages):
             try:
                 if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
                     made = self.ids.message_id() if id is None else names.message_id(id)
                     stamp = self._stamp(0, defaults.ttl)
-                    drafts.append(self._plain(key, defaults, stamp, source, made, id is not None))
+                    drafts.append(self._plain(key, defaults, stamp, source, made, id is not None, serial))
                 else:
                     if id is not None:
                         options = msgspec.structs.replace(options, message_id=id)
-                    drafts.append(await self._draft(key, defaults, source, options))
+                    drafts.append(await self._draft(key, defaults, source, options, serial))
             except InvalidInput as error:
                 raise type(error)(f"message {index} of the batch: {error}") from error
         outcomes = await self.write([draft.op for draft in drafts])
         self._tell(key, drafts, outcomes)
         return [self._receipt(draft, outcome) for draft, outcome in zip(drafts, outcomes, strict=True)]
 
-    async def _draft(self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions) -> _Draft:
+    def _serial(self, numbered: Numbered, first: str | None) -> Serial | None:
+        """What the store is to know a repetition by. Raises InvalidInput, TooLarge."""
+        session = short_text(numbered.session, "session")
+        if first is None or session is None:
+            raise InvalidInput(UNNAMED)
+        window = round(self.config.retry_window * 1000)
+        if not window:
+            return None
+        now = self.clock.now_ms()
+        return Serial(session, numbered.number, names.message_id(first), now, now + window, numbered.fresh)
+
+    async def _draft(
+        self, key: QueueKey, defaults: Defaults, source: Any, options: EnqueueOptions, serial: Serial | None = None
+    ) -> _Draft:
         if source.__class__ is Payload:
             if options.content_type is None:
                 options = msgspec.structs.replace(options, content_type=source.content_type)
             source = source.data
         if source.__class__ is bytes and len(source) <= self.inline_limit:
-            return self._build(key, defaults, source, len(source), False, options, None)
+            return self._build(key, defaults, source, len(source), False, options, None, serial=serial)
         # Everything about the options that can be wrong is found before a byte of the payload is stored.
         self._build(key, defaults, b"", 0, False, options, None)
         prepared = await prepare(source, inline_limit=self.inline_limit, limit=self.config.max_payload_bytes)
         if not isinstance(prepared, Streamed):
-            return self._build(key, defaults, prepared.data, len(prepared.data), False, options, None)
+            return self._build(key, defaults, prepared.data, len(prepared.data), False, options, None, serial=serial)
         id = self._id(options) if options.message_id is None else names.message_id(options.message_id)
         if options.message_id is not None and await self.store.get(*key, id) is not None:
             # The first enqueue with this id is in: no need to write its payload again. Should that message go before
             # this insert, then the insert, whose payload was never written, is refused by the store.
-            return self._build(key, defaults, b"", 0, True, options, id)
+            return self._build(key, defaults, b"", 0, True, options, id, serial=serial)
         source = Summed(prepared.chunks)
         blob = await self.store.write_blob(*key, id, source, self.clock.now_ms())
-        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name, source.checksum)
+        return self._build(key, defaults, b"", blob.size, True, options, id, blob.name, source.checksum, serial)
 
     def _build(
         self,
@@ -157,6 +205,7 @@ class Producing(Core):
         id: str | None,
         blob: str = "",
         checksum: int | None = None,
+        serial: Serial | None = None,
     ) -> _Draft:
         delay = 0
         ttl, visibility, max_attempts = defaults.ttl, defaults.visibility, defaults.max_attempts
@@ -200,7 +249,7 @@ class Producing(Core):
         unique = None
         if dedup_key is not None:
             unique = Unique(dedup_key, stamp.now, stamp.now + (window or defaults.dedup_window))
-        return _finish(stamp, head, data, unique, blob, options.message_id is not None)
+        return _finish(stamp, head, data, unique, blob, options.message_id is not None, serial)
 
     def _id(self, options: EnqueueOptions) -> str:
         """The id of a message whose payload is stored before its record is made."""
@@ -220,7 +269,15 @@ class Producing(Core):
         return stamp
 
     @staticmethod
-    def _plain(key: QueueKey, defaults: Defaults, stamp: _Stamp, data: bytes, id: str, chosen: bool = False) -> _Draft:
+    def _plain(
+        key: QueueKey,
+        defaults: Defaults,
+        stamp: _Stamp,
+        data: bytes,
+        id: str,
+        chosen: bool = False,
+        serial: Serial | None = None,
+    ) -> _Draft:
         """As `_build`, for a small payload without options: the common case without the detours."""
         head = Head(
             HEAD_FORMAT,
@@ -241,7 +298,7 @@ class Producing(Core):
             False,
             crc32(data),
         )
-        return _finish(stamp, head, data, None, "", chosen)
+        return _finish(stamp, head, data, None, "", chosen, serial)
 
     def _tell(self, key: QueueKey, drafts: Sequence[_Draft], outcomes: Sequence[Outcome]) -> None:
         """Tell those who wait for messages of the queue, and its ready cache, what was inserted."""
@@ -270,11 +327,19 @@ class Producing(Core):
             return Receipt(draft.op.item.id, False)
         if isinstance(outcome, Conflict) and outcome.cause in (Cause.UNIQUE, Cause.EXISTS):
             return Receipt(outcome.id or draft.op.item.id, True)
+        if isinstance(outcome, Conflict) and outcome.cause is Cause.PASSED:
+            raise OutcomeUnknown(PASSED)
         raise StoreError(f"the store answered an insert with {outcome!r}")
 
 
 def _finish(
-    stamp: _Stamp, head: Head, data: bytes, unique: Unique | None, blob: str = "", chosen: bool = False
+    stamp: _Stamp,
+    head: Head,
+    data: bytes,
+    unique: Unique | None,
+    blob: str = "",
+    chosen: bool = False,
+    serial: Serial | None = None,
 ) -> _Draft:
     status, external = stamp.status, head.external
     op = Insert(
@@ -287,5 +352,6 @@ def _finish(
         unique,
         blob,
         chosen,
+        serial,
     )
     return _Draft(op, head, status, None if external else data)

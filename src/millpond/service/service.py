@@ -20,6 +20,7 @@ from millpond.model.message import Lease, Status
 from millpond.service.config import QueuePolicy, changed_policy, check_count, milliseconds, short_text
 from millpond.service.consuming import Delivery
 from millpond.service.core import ATTEMPTS, QueueKey, log
+from millpond.service.feeding import Receives
 from millpond.service.ready import ReadyCacheStats, Record
 from millpond.service.states import States
 from millpond.stores.base import Box, Cause, Conflict, Counts, Op, QueueName, Remove, Removed, Updated
@@ -51,6 +52,13 @@ class QueueService(States):
     """Waits for those who come to receive (the dispatcher); without one nobody waits."""
 
     # Receiving
+
+    def stream(
+        self, namespace: str, queue: str, *, credit: int, visibility: float | None = None, owner: str | None = None
+    ) -> Receives:
+        """Where a stream gets its deliveries from; that no more than ``credit`` are unanswered is the stream's to see
+        to. Names are known to be good."""
+        return Receives(self, namespace, queue, visibility, owner)
 
     async def receive(
         self,

@@ -123,8 +123,29 @@ class Unique(msgspec.Struct, frozen=True, gc=False):
     until: int
 
 
+class Serial(msgspec.Struct, frozen=True, gc=False):
+    """Which of a producer's requests an insert belongs to, so that one that is sent again is known as long as
+    ``until`` (ms UTC) at least, whatever has become of its messages.
+
+    Requests of a session come one after the other, and their numbers rise. So a store needs to keep of each session
+    only the last that was carried out, whose inserts it applies in one step: a record for each session, not for each
+    message. (MongoDB's retryable writes do the same.) A store that has no such step keeps the ids of these inserts
+    instead, where they are ``fresh``.
+    """
+
+    session: str
+    number: int
+    """1 to 2^53 - 1."""
+    first: str
+    """The id of the first message of the request: a number that is given to two requests is found out by it."""
+    now: int
+    until: int
+    fresh: bool = True
+    """The ids were made for this request, and no other message will ever have them."""
+
+
 class Insert(msgspec.Struct, frozen=True, gc=False):
-    """Insert a record if neither its id nor a live ``unique`` key is there.
+    """Insert a record if neither its id nor a live ``unique`` key is there, and its request was not carried out before.
 
     Outcome: ``Inserted``, or ``Conflict`` with the id of the record that is in the way. Raises StoreError when nothing
     is in the way, but the payload is external and ``blob`` is not there, or another record's.
@@ -144,6 +165,10 @@ class Insert(msgspec.Struct, frozen=True, gc=False):
     chosen: bool = False
     """The id was chosen by the caller, and may be there already. Otherwise an `IdSource` made it for this insert: it is
     nobody else's, and its time is about when the record comes due (for one with a group, when it was made)."""
+    serial: Serial | None = None
+    """The inserts of one call that belong to one request have the same object here, and follow one another. Only with
+    a ``chosen`` id. Of a request that was carried out before, they are refused with ``EXISTS`` or ``UNIQUE``, as if
+    their records were there still."""
 
 
 class Update(msgspec.Struct, frozen=True, gc=False):
@@ -276,6 +301,8 @@ class Cause(enum.Enum):
     """There is no such record."""
     STATE = "state"
     """The state or document has another ETag than expected."""
+    PASSED = "passed"
+    """The session of the insert has carried out a later request, or another one with this number."""
     BLOCKED = "blocked"
     """The record cannot be leased before another of its ordering group has left the live box (see
     `Capabilities.guards_groups`)."""

@@ -226,7 +226,7 @@ class EncryptedStore:
             unique = Unique(self._hash("unique", item, unique.key), unique.now, unique.until)
         if item.group is not None:
             item = msgspec.structs.replace(item, group=self._hash("group", item, item.group))
-        return Insert(item, op.due, op.expires, head, status, payload, unique, op.blob, op.chosen)
+        return Insert(item, op.due, op.expires, head, status, payload, unique, op.blob, op.chosen, op.serial)
 
     def _seal_reseal(self, op: Reseal) -> Reseal:
         return Reseal(

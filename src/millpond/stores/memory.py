@@ -44,6 +44,7 @@ from millpond.stores.base import (
     Removed,
     Requests,
     Reseal,
+    Serial,
     StateWritten,
     Stored,
     Subscription,
@@ -60,6 +61,9 @@ _CHUNK = 1 << 20
 """Largest piece that ``read_blob`` may yield, by the protocol."""
 TAKE_PAYLOAD = 16384
 """Payloads up to this size are handed to ``decide``, as the SQLite store does."""
+
+SESSION = "\udcff"
+"""Begins the key of a producer's session among the unique keys. No user's key holds it: it is no Unicode text."""
 
 _Undo = list[Callable[[], None]]
 
@@ -130,6 +134,10 @@ class MemoryStore:
         self._data = _Data()
         self._closed = False
         self._writes = self._commits = self._ops = self._conflicts = 0
+        self._serial: Serial | None = None
+        """The request that the insert before was of, in this call."""
+        self._passed: Cause | None = None
+        """Why that is refused, if it is."""
         self._capabilities = Capabilities(
             name="memory",
             reach=Reach.PROCESS,
@@ -184,6 +192,7 @@ class MemoryStore:
         self._writes += 1
         changed: set[Change] = set()
         undo: _Undo = []
+        self._serial = None
         try:
             outcomes = [self._apply(op, undo, changed) for op in ops]
         except StoreError:
@@ -200,6 +209,7 @@ class MemoryStore:
         changed: set[Change] = set()
         undo: _Undo = []
         outcomes: list[Outcome] = []
+        self._serial = None
         for index, op in enumerate(ops):
             try:
                 outcome = self._apply(op, undo, changed)
@@ -241,12 +251,17 @@ class MemoryStore:
         queue = data.queues.get(name)
         if queue is None:
             queue = data.queues[name] = QueueRecords()
+        if op.serial is not None and op.serial is not self._serial:
+            self._passed = self._pass(name, queue, op.serial, undo)
+            self._serial = op.serial
         if item.id in queue.by_id:
             return Conflict(Cause.EXISTS, item.id)
         if op.unique is not None:
             taken = queue.unique.get(op.unique.key)
             if taken is not None and taken[0] > op.unique.now:
                 return Conflict(Cause.UNIQUE, taken[1])
+        if op.serial is not None and self._passed is not None:
+            return Conflict(self._passed, item.id)
         if item.external and not self._loose(op.blob, (item.namespace, item.queue, item.id)):
             raise StoreError(f"the payload of message {item.id} is not in the store (any more); write it again")
         if op.unique is not None:
@@ -283,6 +298,16 @@ class MemoryStore:
         before = queue.unique.get(unique.key)
         put((unique.until, id))
         undo.append(lambda: put(before))
+
+    def _pass(self, name: QueueName, queue: QueueRecords, serial: Serial, undo: _Undo) -> Cause | None:
+        """Note that the request is being carried out, or say why its inserts are refused."""
+        key = SESSION + serial.session
+        request = f"{serial.number:016x}"
+        present = queue.unique.get(key)
+        if present is not None and present[0] > serial.now and present[1] >= request:
+            return Cause.EXISTS if present[1] == request + serial.first else Cause.PASSED
+        self._set_unique(name, queue, Unique(key, serial.now, serial.until), request + serial.first, undo)
+        return None
 
     def _find(self, item: Item, mark: Mark) -> tuple[QueueRecords, Record] | Conflict:
         queue = self._data.queues.get(QueueName(item.namespace, item.queue))

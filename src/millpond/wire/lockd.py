@@ -91,6 +91,10 @@ class EnqueueMeta(msgspec.Struct, kw_only=True):
     content_type: str | None = None
     correlation_id: str | None = None
     message_id: str | None = None
+    session: Annotated[str, msgspec.Meta(min_length=1, max_length=128)] | None = None
+    number: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
+    fresh_ids: bool = True
+    """As in Millpond's own enqueue: which request of its sender this is, so that it may be sent again."""
     unlimited_attempts: bool = False
     """No failure budget: lockd has no value for it, since 0 means its default."""
 

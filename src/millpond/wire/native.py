@@ -34,6 +34,9 @@ _LARGEST = 2**53 - 1
 Milliseconds = Annotated[int, Meta(ge=0, le=_LARGEST)]
 PositiveMilliseconds = Annotated[int, Meta(ge=1, le=_LARGEST)]
 Count = Annotated[int, Meta(ge=0, le=_LARGEST)]
+Session = Annotated[str, Meta(min_length=1, max_length=128)]
+"""Chance enough that nobody else has it."""
+Number = Annotated[int, Meta(ge=1, le=_LARGEST)]
 Token = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 
 
@@ -75,9 +78,15 @@ class EnqueueBatchRequest(Request, kw_only=True, frozen=True):
     """Each message stands on its own, but when one of them cannot be right none is stored."""
 
     messages: Annotated[list[NewMessage], Meta(min_length=1, max_length=MAX_BATCH)]
-    repeated: bool = False
-    """It was sent before, no answer came, and its message ids were made for it and nothing else: a message with one of
-    them is this one, also if it has been handed out and acked since."""
+    session: Session | None = None
+    """Who sends one such request after the other. When no answer comes, the same request may be sent again: if it was
+    carried out its messages are told as duplicates, also those that have been handed out and acked since. It needs a
+    ``number``, and each message its ``message_id``."""
+    number: Number | None = None
+    """Of this request in its session: higher than those before."""
+    fresh_ids: bool = True
+    """Its message ids were made for it, and no other message will ever have them. False: they may be given to others
+    later, when these are gone; then a store in a bucket does not know the repetition beyond that."""
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):

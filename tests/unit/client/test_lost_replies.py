@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 import millpond
-from millpond import LeaseLost, Message, Pond, Queue
+from millpond import Config, InvalidInput, LeaseLost, Message, OutcomeUnknown, Pond, Queue
 from millpond.client.pond import RemotePond
 from millpond.model.clock import ManualClock, SystemClock
 from millpond.server.run import running
+from millpond.service.config import DEFAULT_OPTIONS
+from millpond.service.producing import Numbered
 from millpond.stores.memory import MemoryStore
 
 
@@ -99,9 +101,9 @@ class Lab:
 
 
 @asynccontextmanager
-async def lab() -> AsyncIterator[Lab]:
+async def lab(config: Config | None = None) -> AsyncIterator[Lab]:
     clock = ManualClock()
-    async with Pond(MemoryStore(clock=clock), clock=clock) as local, running(local) as url:
+    async with Pond(MemoryStore(clock=clock), clock=clock, config=config or Config()) as local, running(local) as url:
         proxy = Proxy(url)
         remote = RemotePond(await proxy.start(), clock=clock)
         remote.transport.io_clock = SystemClock()
@@ -139,6 +141,67 @@ async def test_an_enqueue_is_not_doubled_when_its_message_is_gone_before_it_is_r
         receipts = await at.remote.enqueue_many([b"1", b"2"])
         assert [one.duplicate for one in receipts] == [False, False]
         assert (await at.local.counts())[:3] == (0, 0, 0)
+
+
+async def test_an_id_of_the_callers_own_is_known_beyond_its_message_too() -> None:
+    id = "0197a3c2-0000-7000-8000-000000000001"
+    async with lab() as at:
+
+        async def work() -> None:
+            [message] = await at.local.receive()
+            await message.ack()
+
+        at.proxy.between = work
+        at.proxy.drop("enqueueBatch")
+        assert (await at.remote.enqueue(b"1", message_id=id)).message_id == id
+        assert (await at.local.counts()).ready == 0
+        assert await at.remote.enqueue(b"2", message_id=id) == (id, False), "another request, with an id that is free"
+
+
+async def test_the_window_may_be_nothing_and_then_a_repetition_is_a_message() -> None:
+    async with lab(Config(retry_window=0)) as at:
+
+        async def work() -> None:
+            for message in await at.local.receive(9):
+                await message.ack()
+
+        at.proxy.between = work
+        at.proxy.drop("enqueueBatch")
+        await at.remote.enqueue(b"1")
+        assert (await at.local.counts()).ready == 1
+
+
+async def test_a_request_that_was_overtaken_is_not_carried_out_later() -> None:
+    """A call was cancelled, and its session went on with the next: what comes of the first after that is refused."""
+    async with lab() as at:
+        service = at.pond.service
+        ids = [at.pond.ids.message_id() for _ in range(2)]
+        later = [(b"2", DEFAULT_OPTIONS, ids[1])]
+        assert await service.enqueue_each(None, "orders", later, numbered=Numbered("s", 2)) == [(ids[1], False)]
+        with pytest.raises(OutcomeUnknown, match="higher number"):
+            await service.enqueue_each(None, "orders", [(b"1", DEFAULT_OPTIONS, ids[0])], numbered=Numbered("s", 1))
+        with pytest.raises(InvalidInput, match="message_id"):
+            await service.enqueue_each(None, "orders", [(b"1", DEFAULT_OPTIONS, None)], numbered=Numbered("s", 3))
+        assert [message.payload for message in await at.local.receive(9)] == [b"2"]
+
+
+async def test_sessions_are_as_many_as_requests_at_a_time() -> None:
+    asked: list[tuple[str, int]] = []
+    async with lab() as at:
+        each = at.pond.service.enqueue_each
+
+        async def seen(*arguments: Any, numbered: Numbered) -> Any:
+            asked.append(numbered[:2])
+            return await each(*arguments, numbered=numbered)
+
+        at.pond.service.enqueue_each = seen  # type: ignore[method-assign,assignment]
+        for _ in range(3):
+            await at.remote.enqueue(b"x")
+        await asyncio.gather(*(at.remote.enqueue(b"x") for _ in range(5)))
+        assert len({session for session, _ in asked[:3]}) == 1
+        assert [number for _, number in asked[:3]] == [1, 2, 3]
+        assert len({session for session, _ in asked}) == 5
+        assert len(set(asked)) == 8
 
 
 async def test_an_id_of_the_callers_own_may_be_used_again() -> None:

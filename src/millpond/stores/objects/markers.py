@@ -54,9 +54,10 @@ class Markers:
         marker = self._pending(name, birth, unique.until, via)
         return names.unique_marker(name.namespace, name.queue, unique.key), marker
 
-    def of_id(self, name: Name, birth: bytes, via: str) -> tuple[str, Marker]:
-        """The marker of an id, pending."""
-        return names.id_marker(name.namespace, name.queue, name.id), self._pending(name, birth, 0, via)
+    def of_id(self, name: Name, birth: bytes, via: str, until: int = 0) -> tuple[str, Marker]:
+        """The marker of an id, pending. ``until``: the id stays taken as long at least, whatever becomes of its
+        message."""
+        return names.id_marker(name.namespace, name.queue, name.id), self._pending(name, birth, until, via)
 
     def _pending(self, name: Name, birth: bytes, until: int, via: str) -> Marker:
         return Marker(
@@ -109,7 +110,8 @@ class Markers:
             return True
         taken = Conflict(Cause.UNIQUE if unique is not None else Cause.EXISTS, present.id)
         if present.standing == Standing.CONFIRMED:
-            return taken if unique is not None or await self._is_there(owner, present) else True
+            lasts = unique is not None or present.until > self._engine.now()
+            return taken if lasts or await self._is_there(owner, present) else True
         if await self._is_there(owner, present) or (
             patience <= 0 and not await self.fence(owner.namespace, owner.queue, present)
         ):

@@ -151,7 +151,8 @@ class Marker(msgspec.Struct, frozen=True, array_like=True, gc=False):
     place: str
     """Where the message was put; in the dead box it has the same last part."""
     until: int
-    """When a unique key ends, ms UTC; 0 in id markers."""
+    """When a unique key ends, ms UTC. In an id marker, when the id is free again unless its message is there; 0: at
+    once."""
     via: str
     """While pending: the object whose intent will bring the message; empty when it is a plain insert."""
 

@@ -109,7 +109,7 @@ class Upkeep:
             if wanted:
                 present = await self._present(name, wanted)
                 await self._orphans(name, old, present, orphans, limit)
-                await self._id_markers(name, markers, present, limit)
+                await self._id_markers(name, markers, present, now, limit)
             await self._pointers(name, limit)
             await self._left_behind(names.consumers(*name))
         coming = await self._coming(queues, {orphan.path for orphan in orphans}) if orphans else None
@@ -324,7 +324,9 @@ class Upkeep:
         prefix = names.markers_prefix(*name, "u")
         return await self._each(prefix, may_have_ended, end, reads=limit * PER_LIMIT, limit=limit)
 
-    async def _id_markers(self, name: QueueName, quiet: list[Entry], present: dict[str, list[str]], limit: int) -> None:
+    async def _id_markers(
+        self, name: QueueName, quiet: list[Entry], present: dict[str, list[str]], now: int, limit: int
+    ) -> None:
         alone = [entry for entry in quiet if names.last_part(entry.name) not in present]
         if len(alone) > limit:
             self._rounds.go_on(names.markers_prefix(*name, "i"), alone[limit - 1].name)
@@ -335,7 +337,7 @@ class Upkeep:
                 return
             try:
                 marker = records.decode(Marker, content.data, entry.name)
-                if await self._markers.find(*name, marker) is not None:
+                if marker.until > now or await self._markers.find(*name, marker) is not None:
                     return
                 # Whoever is about to write the message may only have stood still.
                 if marker.standing != Standing.PENDING or await self._markers.fence(*name, marker):

@@ -401,7 +401,8 @@ class Writer:
         )
         wanted: list[tuple[str, Marker, Unique | None]] = []
         if not direct:
-            wanted.append((*self._markers.of_id(name, record.birth, via), None))
+            until = op.serial.until if op.serial is not None and op.serial.fresh else 0
+            wanted.append((*self._markers.of_id(name, record.birth, via, until), None))
         if op.unique is not None:
             wanted.append((*self._markers.of_unique(name, record.birth, op.unique, via), op.unique))
         return NewRecord(name, record), wanted

@@ -35,6 +35,7 @@ from millpond.stores.base import (
     Remove,
     Removed,
     Reseal,
+    Serial,
     StateWritten,
     Update,
     Updated,
@@ -82,6 +83,9 @@ _REMOVE_STATEFUL = "DELETE FROM message WHERE seq=? AND version=?"
 _ROW = "SELECT version,stateful,box=0 AND lane IS NULL FROM message WHERE seq=?"
 _IN_GROUP = "SELECT EXISTS(SELECT 1 FROM message WHERE queue=? AND grp=? AND box=0)"
 _HEADS = "SELECT seq,lane,priority,leased,due FROM message WHERE queue=? AND grp=? AND box=0 ORDER BY place LIMIT 2"
+_SESSION = "UPDATE unique_key SET id=? WHERE queue=? AND key=? AND id<? AND until>=?"
+"""A producer's session is a row among the unique keys. Its key is a BLOB, which no user's is; its end is moved on
+seldom, so that the index of ends is left alone."""
 _COUNT_UP = "INSERT INTO counter VALUES(?,?,?,?) ON CONFLICT DO UPDATE SET n=n+excluded.n"
 _COUNT_DOWN = "UPDATE counter SET n=n+? WHERE queue=? AND kind=? AND bucket=? AND n>?"
 _COUNT_OUT = "DELETE FROM counter WHERE queue=? AND kind=? AND bucket=? AND n=?"
@@ -152,6 +156,10 @@ class Applier:
         self._name: str | None = None
         self._new_mark = Mark("1", 0, False, None, _LIVE)
         """The mark of the record inserted last: what is enqueued together has the same."""
+        self._serial: Serial | None = None
+        """The request that the insert before was of, in this call."""
+        self._passed: Cause | None = None
+        """Why that is refused, if it is."""
         self._bodies: list[tuple[int, bytes, bytes]] = []
         self._sequence = 0
         """The next number; 0 when it was not read in this transaction."""
@@ -220,11 +228,13 @@ class Applier:
     def write(self, ops: Sequence[Op]) -> list[Outcome]:
         """Apply each op on its own. After an exception the transaction has to be rolled back."""
         appliers = self._appliers
+        self._serial = None
         return [appliers[op.__class__](op) for op in ops]
 
     def commit(self, ops: Sequence[Op]) -> list[Outcome]:
         """Apply all ops or none. After an exception the transaction has to be rolled back."""
         self._flush_bodies()
+        self._serial = None
         tallies = {name: tally.copy() for name, tally in self._tallies.items()}
         queues, doomed = self._new_queues.copy(), self.doomed
         self._run("SAVEPOINT atomic")
@@ -338,10 +348,15 @@ class Applier:
         unique, group = op.unique, item.group
         lane: int | None = item.priority
         key = (op.due // BUCKET << KIND_BITS) | FREE
+        serial = op.serial
+        if serial is not None and serial is not self._serial:
+            self._serial, self._passed = serial, self._pass(queue, serial)
         if unique is not None:
             conflict = self._check_unique(queue, item.id, unique.key, unique.now)
             if conflict is not None:
                 return conflict
+        if serial is not None and self._passed is not None:
+            return Conflict(self._passed, item.id)
         if group is not None and self._run(_IN_GROUP, (queue, group)).get:
             lane, key = None, BLOCKED
         # number(), written out
@@ -391,6 +406,19 @@ class Applier:
         if mark.due != op.due or mark.expires != op.expires:
             mark = self._new_mark = Mark("1", op.due, False, op.expires, _LIVE)
         return Inserted(item, mark, seq)
+
+    def _pass(self, queue: int, serial: Serial) -> Cause | None:
+        """Note that the request is being carried out, or say why its inserts are refused."""
+        key, request = serial.session.encode(), f"{serial.number:016x}"
+        now, until = serial.now, serial.until
+        self._run(_SESSION, (request + serial.first, queue, key, request, until))
+        if self._changes():
+            return None
+        row = self._run("SELECT id,until FROM unique_key WHERE queue=? AND key=?", (queue, key)).fetchone()
+        if row is not None and row[1] > now and row[0] >= request:
+            return Cause.EXISTS if row[0] == request + serial.first else Cause.PASSED
+        self._run("REPLACE INTO unique_key VALUES(?,?,?,?)", (queue, key, until + until - now, request + serial.first))
+        return None
 
     def _check_unique(self, queue: int, id: str, key: str, now: int) -> Conflict | None:
         row = self._run("SELECT id,until FROM unique_key WHERE queue=? AND key=?", (queue, key)).fetchone()
