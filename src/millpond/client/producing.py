@@ -152,8 +152,8 @@ class Producing(Asking):
     @staticmethod
     def _receipt(id: str, duplicate: bool, chosen: str | None, attempt: Attempt, wishes: Wishes | None) -> Receipt:
         own = wishes is None or wishes.message_id is None
-        # Nobody else knows an id that was made here: what is there under it is from a try of ours without a reply.
-        return Receipt(id, duplicate and not (own and attempt.unsure and id == chosen))
+        # Nobody else knows an id that was made here: what is there under it is from a try of ours.
+        return Receipt(id, duplicate and not (own and id == chosen))
 
     async def _upload(
         self,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httptools
@@ -22,6 +23,7 @@ from millpond.server.auth import PEER, Identity, certificate_identity, serial_nu
 from millpond.server.config import ServerConfig
 from millpond.server.context import AsgiScope
 from millpond.server.exchange import Exchange, FastProtocol
+from millpond.server.heads import beginning
 from millpond.wire import faults
 from millpond.wire.faults import Fault
 
@@ -82,6 +84,11 @@ class Watch:
         for connection in list(self.connections):
             connection.check(self.tick)
         self.start()
+
+    def withdraw(self, gone: Callable[[Mapping[str, Any]], bool]) -> None:
+        """The certificates for which ``gone`` is true let nobody in any more."""
+        for connection in self.connections:
+            connection.withdraw(gone)
 
     def over(self, address: str) -> str | None:
         """Why a further connection of this address is one too many; None when it is not."""
@@ -144,6 +151,14 @@ class Connection(FastProtocol):
                 log.warning("millpond.auth.revoked", extra={"client": address, "identity": self._peer.name})
                 transport.abort()
 
+    def withdraw(self, gone: Callable[[Mapping[str, Any]], bool]) -> None:
+        """As `Watch.withdraw`."""
+        if self._peer is None:
+            return
+        certificate = self.transport.get_extra_info("ssl_object").getpeercert()
+        if not certificate or gone(certificate):
+            self._peer.withdrawn = True
+
     def connection_lost(self, exc: Exception | None) -> None:
         watch = self._watch
         if self in watch.connections:
@@ -158,6 +173,14 @@ class Connection(FastProtocol):
     def data_received(self, data: bytes) -> None:
         size = len(data)
         if self._stage == IDLE:
+            # The parser is between two requests, so that what it does not see it does not miss.
+            raw = beginning(data)
+            head = self._known.get(raw)
+            if head is not None and size == len(raw) + head.length:
+                self._stage, self._begun = BUSY, True
+                self.run_known(head, data[len(raw) :])
+                return
+            self._raw = raw
             self._stage, self._since, self._begun, self._fed = HEAD, self._watch.tick, True, 0
             self._first = size
         elif self._stage == LINGER:

@@ -59,6 +59,7 @@ class Upload:
 
     def __init__(self, call: Call, boundary: bytes, max_meta: int, begin: bytes) -> None:
         """``begin``: what was read of the body."""
+        self._call = call
         self._begin = begin
         self._chunks = call.chunks()
         self._parser = Parser(boundary)
@@ -107,12 +108,12 @@ class Upload:
         return b"".join(parts)
 
     async def payload(self) -> AsyncIterator[bytes]:
-        """The payload as it comes; what follows its part is left unread. Raises Refusal, Disconnected."""
-        if self._over:
-            return
-        while isinstance(event := await self._next(), Data):
+        """The payload as it comes; what follows its part is left unread. Raises Refusal, Disconnected, Unauthorized."""
+        while not self._over and isinstance(event := await self._next(), Data):
             self.size += len(event.data)
             yield event.data
+        # It may have taken hours. Nothing is stored yet.
+        self._call.check_rights()
 
 
 async def enqueue(call: Call) -> None:

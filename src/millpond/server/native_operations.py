@@ -40,10 +40,8 @@ def _queue(call: Call, request: native.Request) -> Queue:
 
 def _held(context: Context, request: native.Request, handles: Sequence[native.Handle]) -> list[Delivery]:
     namespace, queue = names.queue_key(request.namespace, request.queue)
-    held = context.held
-    return [
-        held.get(namespace, queue, names.message_id(one.message_id), one.lease_id, one.fencing_token) for one in handles
-    ]
+    meant = context.held.meant
+    return [meant(namespace, queue, one.message_id, one.lease_id, one.fencing_token) for one in handles]
 
 
 def _answered(context: Context, deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> None:
@@ -54,12 +52,13 @@ def _answered(context: Context, deliveries: Sequence[Delivery], errors: Sequence
             held.drop(delivery)
 
 
-def _results(
+def results(
     context: Context,
     handles: Sequence[native.Handle],
     deliveries: Sequence[Delivery],
     errors: Sequence[MillpondError | None],
 ) -> native.Results:
+    """What became of each; those that went through are forgotten."""
     _answered(context, deliveries, errors)
     return native.Results(views.results([one.message_id for one in handles], errors))
 
@@ -105,7 +104,7 @@ async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Resul
     await call.context.gate.admit("answer")
     deliveries = _held(call.context, request, request.messages)
     errors = await call.context.pond.service.ack_many(deliveries)
-    return _results(call.context, request.messages, deliveries, errors)
+    return results(call.context, request.messages, deliveries, errors)
 
 
 async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Results:
@@ -120,7 +119,7 @@ async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Res
         raise InvalidInput('an error is kept of a failure only; leave it out with intent "defer"')
     else:
         errors = await service.defer_many(deliveries, delay=delay)
-    return _results(call.context, request.messages, deliveries, errors)
+    return results(call.context, request.messages, deliveries, errors)
 
 
 async def extend_batch(call: Call, request: native.ExtendBatchRequest) -> native.Results:

@@ -28,13 +28,20 @@ class Quota:
         self._size = 0
         self.refused = 0
 
+    def knows(self, namespace: str, queue: str) -> bool:
+        """`admit` would return at once."""
+        if not self._most:
+            return True
+        known = self._known.get(namespace)
+        return known is not None and queue in known
+
     async def admit(self, namespace: str, queue: str) -> None:
         """Return when something may be put into the queue; names are normalised. Raises Refusal ``too_many_queues``.
 
         Two processes that add the last queue at once may both do so: the limit is there against thousands."""
-        known = self._known.get(namespace)
-        if not self._most or (known is not None and queue in known):
+        if self.knows(namespace, queue):
             return
+        known = self._known.get(namespace)
         now = self._pond.clock.monotonic()
         if known is None or (len(known) >= self._most and now - self._looked[namespace] >= PATIENCE):
             # Queues go, too: when their last message does.

@@ -280,6 +280,8 @@ async def test_too_many_waiting_consumers() -> None:
 class Shut:
     """A gate that lets nobody in."""
 
+    state = "soft_arm"
+
     async def admit(self, kind: str) -> None:
         raise Throttled("too much to do")
 
@@ -293,6 +295,7 @@ async def test_a_gate_that_is_shut_is_met_first() -> None:
                 answer = await request(url, "POST", f"/v1/queue/{route}", b"no body")
                 assert error_of(answer) == (429, "throttled"), route
                 assert answer.headers["retry-after"] == "1"
+                assert answer.headers["x-lockd-qrf-state"] == "soft_arm"
             answer = await request(url, "POST", "/v1/update", b"no body")
             assert error_of(answer) == (429, "throttled")
 

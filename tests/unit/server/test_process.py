@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.unit.server.certificates import Authority, write
+from tests.unit.server.native import until
 from tests.unit.server.raw import Answer, Connection, request
 
 from millpond import testing
@@ -25,6 +26,7 @@ from millpond.server import native_routes, process, tokens
 from millpond.server.config import ServerConfig
 from millpond.server.context import Context
 from millpond.server.families import FAMILIES
+from millpond.server.gate import HIGH, PATIENCE, Load, LoadGate
 from millpond.server.process import Service
 from millpond.server.reload import EVERY
 from millpond.server.run import Server
@@ -467,6 +469,39 @@ async def test_metrics_tell_what_happened() -> None:
         assert told["millpond_store_operations_total"] >= 5
         assert any(name.startswith("millpond_build_info{") and value == 1 for name, value in told.items())
         assert told['millpond_log_events_total{event="millpond.message.dead_lettered"}'] == 1
+
+
+async def test_metrics_tell_who_was_slowed_and_a_429_how_the_server_does() -> None:
+    async with serving() as service:
+        url, gate, pond = service.server.url, service.context.gate, pond_of(service)
+        assert isinstance(gate, LoadGate)
+        told = await scrape(url)
+        assert told['millpond_load_ratio{sign="backlog"}'] == told["millpond_producers_slowed_total"] == 0
+        gate.closed = True
+        slowed = asyncio.create_task(enqueue(url, "orders"))
+        await until(lambda: gate.waiting)
+        told = await scrape(url)
+        assert (told["millpond_producers_waiting"], told["millpond_producers_held_back"]) == (1, 1)
+        gate._load = lambda: Load(9 * HIGH, 1)
+        await pond.advance(PATIENCE)
+        answer = await slowed
+        assert code(answer) == (429, "throttled")
+        assert (answer.headers["x-lockd-qrf-state"], answer.headers["retry-after"]) == ("engaged", "1")
+        told = await scrape(url)
+        assert told['millpond_load_ratio{sign="backlog"}'] == 9
+        assert told["millpond_producers_slowed_total"] == told["millpond_producers_slowed_seconds_total"] == 1
+        assert told['millpond_producers_refused_total{reason="waited"}'] == 1
+        assert told['millpond_producers_refused_total{reason="crowded"}'] == 0
+        gate._load = lambda: Load(HIGH, 2)
+        slowed = asyncio.create_task(enqueue(url, "orders"))
+        await until(lambda: gate.waiting)
+        await pond.advance(PATIENCE)
+        assert (await slowed).headers["x-lockd-qrf-state"] == "recovery"
+        gate._load = lambda: Load(0, 3)
+        slowed = asyncio.create_task(enqueue(url, "orders"))
+        await until(lambda: gate.waiting)
+        await pond.advance(PATIENCE / 2)
+        assert "x-lockd-qrf-state" not in (await slowed).headers
 
 
 async def test_how_long_the_oldest_message_waits() -> None:
