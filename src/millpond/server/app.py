@@ -105,12 +105,12 @@ class App:
             call.style = "lockd"
         await respond_error(call, error)
 
-    def note(self, call: Call, began: float) -> None:
-        """Count a request that is over."""
+    def note(self, call: Call, began: float, now: float | None = None) -> None:
+        """Count a request that is over. ``now``: the time, if it was just looked at."""
         context = self.context
         metrics, access = context.metrics, context.config.log_access
         if metrics.timed or access:
-            seconds = context.pond.clock.monotonic() - began
+            seconds = (context.pond.clock.monotonic() if now is None else now) - began
             metrics.request(call.route, call.status, seconds)
             if access:
                 logs.access(call.address, call.identity.name, call.method, call.route, call.status, seconds)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
+from millpond.server.auth import ANONYMOUS
 from millpond.server.context import (
     HANGING_UP,
     JSON_HEADER,
@@ -91,7 +92,21 @@ class Exchange(Call):
     def __init__(
         self, connection: FastProtocol, app: App, scope: AsgiScope, *, keep_alive: bool, body: bytes = b""
     ) -> None:
-        super().__init__(app.context, scope, _no_receive, _no_send)
+        # As the base class does it, written out: this is paid for each request.
+        self.context = app.context
+        self.scope = scope
+        self.receive = _no_receive
+        self.send = _no_send
+        self.route = scope["path"]
+        self.identity = ANONYMOUS
+        self.style = "native"
+        self.started = False
+        self.status = 0
+        self._correlation = None
+        self._query = None
+        self._allowed = None
+        self._body_over = False
+        self.at_hand = self.packed = None
         self._connection = connection
         self._body = body
         self._chunked = False

@@ -40,10 +40,8 @@ def _queue(call: Call, request: native.Request) -> Queue:
 
 def _held(context: Context, request: native.Request, handles: Sequence[native.Handle]) -> list[Delivery]:
     namespace, queue = names.queue_key(request.namespace, request.queue)
-    held = context.held
-    return [
-        held.get(namespace, queue, names.message_id(one.message_id), one.lease_id, one.fencing_token) for one in handles
-    ]
+    meant = context.held.meant
+    return [meant(namespace, queue, one.message_id, one.lease_id, one.fencing_token) for one in handles]
 
 
 def _answered(context: Context, deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> None:

@@ -46,7 +46,7 @@ Place = tuple[str, str]
 """Namespace and queue, normalised."""
 
 
-class Member(NamedTuple):
+class Member(msgspec.Struct, frozen=True, gc=False):
     """A request that joined."""
 
     call: Exchange
@@ -118,12 +118,8 @@ def _prepare_ack(
     handles = request.messages
     if len(handles) > MOST_ACKS:
         return None
-    namespace, queue = place
-    get, id_of = context.held.get, names.message_id
-    return None, (
-        handles,
-        [get(namespace, queue, id_of(one.message_id), one.lease_id, one.fencing_token) for one in handles],
-    )
+    meant = context.held.meant
+    return None, (handles, [meant(*place, one.message_id, one.lease_id, one.fencing_token) for one in handles])
 
 
 async def _ack(together: Together, place: Place, _: Any, members: Sequence[Member]) -> Sequence[Any]:
@@ -226,9 +222,13 @@ class Together:
                 answers = await joining.run(self, key[1], key[2], members)
             except Exception as error:
                 answers = [error] * len(members)
+            # Made together they cost a third; no head that is known names one.
+            for member, id in zip(members, self.context.pond.ids.message_ids(len(members)), strict=True):
+                member.call.correlation_id = id
+            now = self.context.pond.clock.monotonic()
             for member, answer in zip(members, answers, strict=True):
                 answered += 1
-                self._answer(member, answer)
+                self._answer(member, answer, now)
         finally:
             self._close(key, members)
             for member in members[answered:]:
@@ -239,7 +239,7 @@ class Together:
         if self._open.get(key) is members:
             del self._open[key]
 
-    def _answer(self, member: Member, answer: Any) -> None:
+    def _answer(self, member: Member, answer: Any, now: float) -> None:
         call, head = member.call, member.head
         if answer is None:
             call.begin_usual(head.handler)
@@ -272,7 +272,7 @@ class Together:
                 return
             self.context.held.keep(delivery)
         if call.answer_now(data, kind):
-            self._app.note(call, member.began)
+            self._app.note(call, member.began, now)
         else:
             call.begin(self._answer_later(call, data, kind, member.began))
 
