@@ -38,9 +38,9 @@ from millpond import (
     sync,
 )
 from millpond import message as message_module
-from millpond import stream as stream_module
 from millpond import pond as pond_module
 from millpond import queue as queue_module
+from millpond import stream as stream_module
 
 ROOT = Path(__file__).parents[2]
 LARGE = 3_000_000

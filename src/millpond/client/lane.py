@@ -28,6 +28,8 @@ IDLE = 15.0
 MOST_IDLE = 128
 MAX_CHUNK_LINE = 1024
 """Bytes of the line before a chunk."""
+CLOSED = "it closed the connection"
+"""What is said of a server that ends a connection without a word."""
 READ_AHEAD = 512 * 1024
 """Bytes of a streamed answer that wait for their reader; beyond, the server waits."""
 
@@ -81,7 +83,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.keep = False
-        self._lost = exc if isinstance(exc, OSError) else ConnectionResetError("it closed the connection")
+        self._lost = exc if isinstance(exc, OSError) else ConnectionResetError(CLOSED)
         self._fail(self._lost)
         self.resume_writing()
         _wake(self._wanted)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from millpond.client.address import Address
-from millpond.client.lane import Answer, Connection, Lane
+from millpond.client.lane import CLOSED, Answer, Connection, Lane
 from millpond.errors import MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
 from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
@@ -34,6 +35,9 @@ FIRST_REST = 1.0
 LONGEST_REST = 30.0
 MAX_ANSWER = 256 * 1024 * 1024
 """No answer that is read as a whole is larger."""
+_WITHOUT_A_WORD = frozenset({CLOSED, os.strerror(errno.ECONNRESET).lower()})
+NO_TLS = "does it speak TLS? then its URL begins with https://"
+NO_CERTIFICATE = "does it want a client certificate? then give cert= and key="
 _SERVER_AWAY = frozenset({"node_passive", "shutdown_draining"})
 """Codes by which a server sends everybody to another one; nothing was done."""
 _LATER = frozenset({"throttled"})
@@ -410,6 +414,9 @@ class Transport:
     def _exhausted(self, timeout: float, unsure: bool) -> StoreError:
         seconds = f"{timeout:g} s"
         said = "; ".join(f"{each.url}: {each.trouble}" for each in self.endpoints if each.trouble)
+        if any(each.trouble in _WITHOUT_A_WORD for each in self.endpoints):
+            # What a server does that wants TLS, or a certificate, is all that can be seen of it.
+            said += f"; {NO_CERTIFICATE if self._address.secure else NO_TLS}" if self._address.cert is None else ""
         if unsure:
             return OutcomeUnknown(f"no answer came within {seconds}, and it may have been done ({said})")
         return StoreUnreachable(f"no server could do it within {seconds} ({said})")

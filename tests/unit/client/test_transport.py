@@ -273,6 +273,7 @@ async def test_when_nothing_answers_until_the_time_is_over() -> None:
         with pytest.raises(StoreUnreachable, match="closed the connection") as raised:
             await over(client.queue.counts())
         assert raised.value.retryable
+        assert "begins with https://" in str(raised.value)
         await server.stop()
         with pytest.raises(StoreUnreachable, match="connection refused"):
             await over(client.queue.enqueue(b"x"))
