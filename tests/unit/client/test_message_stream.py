@@ -223,3 +223,4 @@ async def test_a_payload_that_was_read_in_part_spoils_no_connection() -> None:
                 await chunks.aclose()  # type: ignore[attr-defined]
                 assert (await queue.counts()).leased == 1
             assert len(await message.read()) == 3_000_000
+            assert pond.statistics()["transport"]["failures"] == 0
