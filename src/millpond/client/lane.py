@@ -185,7 +185,7 @@ class Connection(asyncio.Protocol):
                 if len(buffer) > MAX_CHUNK_LINE:
                     raise ValueError("a chunk without a size")
                 break
-            size = int(bytes(buffer[:line]).partition(b";")[0], 16)
+            size = _size(buffer[:line])
             del buffer[: line + 2]
             self._piece = size + 2 if size else 0
             if not size:
@@ -257,7 +257,7 @@ class Connection(asyncio.Protocol):
             line = buffer.find(b"\r\n", at)
             if line < 0:
                 return None
-            size = int(bytes(buffer[at:line]).partition(b";")[0], 16)
+            size = _size(buffer[at:line])
             if size == 0:
                 break
             part = bytes(buffer[line + 2 : line + 2 + size])
@@ -320,6 +320,14 @@ class Connection(asyncio.Protocol):
             self.abort()
 
 
+def _size(line: bytearray) -> int:
+    """Of a chunk, from the line before it. Raises ValueError."""
+    digits = bytes(line).partition(b";")[0].strip()
+    if not digits or digits.strip(b"0123456789abcdefABCDEF") or len(digits) > 16:
+        raise ValueError("a chunk without a size")
+    return int(digits, 16)
+
+
 def _wake(future: asyncio.Future[None] | None) -> None:
     if future is not None and not future.done():
         future.set_result(None)
@@ -378,8 +386,9 @@ class Lane:
                 answer.exception()  # it is told by what is raised
             raise
 
-    async def connection(self, *, fresh: bool = False) -> Connection:
-        """A connection that stands: one that was kept, or (``fresh``: in any case) a new one. Raises OSError."""
+    async def connection(self, *, fresh: bool = False, within: float = CONNECT_TIMEOUT) -> Connection:
+        """A connection that stands: one that was kept, or (``fresh``: in any case) a new one, made ``within`` so many
+        seconds. Raises OSError."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         while self._idle and not fresh:
@@ -389,7 +398,7 @@ class Lane:
                 return kept
             kept.abort()
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
+            async with asyncio.timeout(min(within, CONNECT_TIMEOUT)):
                 _, made = await loop.create_connection(
                     lambda: Connection(self._most),
                     self._host,

@@ -15,7 +15,7 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from millpond.client.address import Address
-from millpond.client.lane import CLOSED, Answer, Connection, Lane
+from millpond.client.lane import CLOSED, CONNECT_TIMEOUT, Answer, Connection, Lane
 from millpond.errors import MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
 from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
@@ -462,7 +462,8 @@ class Transport:
         connection: Connection | None = None
         timer: TimerHandle | None = None
         try:
-            connection = link.connection = await lane.connection(fresh=fresh)
+            within = CONNECT_TIMEOUT if limit is None else limit
+            connection = link.connection = await lane.connection(fresh=fresh, within=within)
             if limit is not None:
                 timer = self.io_clock.call_later(limit, link.cut)
             answer = await send(lane, connection)
