@@ -124,6 +124,7 @@ if TYPE_CHECKING:
     from millpond.service.config import Config, EnqueueOptions, QueuePolicy
     from millpond.service.payloads import Payload, json, msgpack, text
     from millpond.stores.base import Requests
+    from millpond.stream import MessageStream
     from millpond.sync import (
         SyncDeadLetters,
         SyncMessage,

@@ -40,6 +40,7 @@ from millpond import (
 from millpond import message as message_module
 from millpond import pond as pond_module
 from millpond import queue as queue_module
+from millpond import stream as stream_module
 
 ROOT = Path(__file__).parents[2]
 LARGE = 3_000_000
@@ -70,7 +71,7 @@ def asynchronous_classes() -> dict[str, type]:
     """Every public class of the API with something to await or to iterate over asynchronously."""
     return {
         name: value
-        for module in (message_module, queue_module, pond_module)
+        for module in (message_module, stream_module, queue_module, pond_module)
         for name, value in vars(module).items()
         if inspect.isclass(value) and value.__module__ == module.__name__ and not name.startswith("_")
         if any(map(inspect.iscoroutinefunction, vars(value).values())) or "stream" in vars(value)

@@ -26,10 +26,10 @@ CONNECT_TIMEOUT = 5.0
 IDLE = 15.0
 """Seconds for which an idle connection is used again: less than any server keeps it."""
 MOST_IDLE = 128
-CLOSED = "it closed the connection"
-"""What is said of a server that ends a connection without a word."""
 MAX_CHUNK_LINE = 1024
 """Bytes of the line before a chunk."""
+CLOSED = "it closed the connection"
+"""What is said of a server that ends a connection without a word."""
 READ_AHEAD = 512 * 1024
 """Bytes of a streamed answer that wait for their reader; beyond, the server waits."""
 
@@ -185,7 +185,7 @@ class Connection(asyncio.Protocol):
                 if len(buffer) > MAX_CHUNK_LINE:
                     raise ValueError("a chunk without a size")
                 break
-            size = int(bytes(buffer[:line]).partition(b";")[0], 16)
+            size = _size(buffer[:line])
             del buffer[: line + 2]
             self._piece = size + 2 if size else 0
             if not size:
@@ -257,7 +257,7 @@ class Connection(asyncio.Protocol):
             line = buffer.find(b"\r\n", at)
             if line < 0:
                 return None
-            size = int(bytes(buffer[at:line]).partition(b";")[0], 16)
+            size = _size(buffer[at:line])
             if size == 0:
                 break
             part = bytes(buffer[line + 2 : line + 2 + size])
@@ -326,6 +326,14 @@ class Connection(asyncio.Protocol):
             self.abort()
 
 
+def _size(line: bytearray) -> int:
+    """Of a chunk, from the line before it. Raises ValueError."""
+    digits = bytes(line).partition(b";")[0].strip()
+    if not digits or digits.strip(b"0123456789abcdefABCDEF") or len(digits) > 16:
+        raise ValueError("a chunk without a size")
+    return int(digits, 16)
+
+
 def _wake(future: asyncio.Future[None] | None) -> None:
     if future is not None and not future.done():
         future.set_result(None)
@@ -384,8 +392,9 @@ class Lane:
                 answer.exception()  # it is told by what is raised
             raise
 
-    async def connection(self, *, fresh: bool = False) -> Connection:
-        """A connection that stands: one that was kept, or (``fresh``: in any case) a new one. Raises OSError."""
+    async def connection(self, *, fresh: bool = False, within: float = CONNECT_TIMEOUT) -> Connection:
+        """A connection that stands: one that was kept, or (``fresh``: in any case) a new one, made ``within`` so many
+        seconds. Raises OSError."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         while self._idle and not fresh:
@@ -395,7 +404,7 @@ class Lane:
                 return kept
             kept.abort()
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT):
+            async with asyncio.timeout(min(within, CONNECT_TIMEOUT)):
                 _, made = await loop.create_connection(
                     lambda: Connection(self._most),
                     self._host,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -54,7 +53,7 @@ class Sessions:
         self._made = 0
         self._free: list[tuple[str, int]] = []
 
-    @contextmanager
+    @contextlib.contextmanager
     def request(self) -> Iterator[tuple[str, int]]:
         """Session and number of a request, for as long as it is under way."""
         if self._free:
@@ -153,8 +152,8 @@ class Producing(Asking):
     @staticmethod
     def _receipt(id: str, duplicate: bool, chosen: str | None, attempt: Attempt, wishes: Wishes | None) -> Receipt:
         own = wishes is None or wishes.message_id is None
-        # Nobody else knows an id that was made here: what is there under it is from a try of ours without a reply.
-        return Receipt(id, duplicate and not (own and attempt.unsure and id == chosen))
+        # Nobody else knows an id that was made here: what is there under it is from a try of ours.
+        return Receipt(id, duplicate and not (own and id == chosen))
 
     async def _upload(
         self,

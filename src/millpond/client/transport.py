@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from millpond.client.address import Address
-from millpond.client.lane import CLOSED, Answer, Connection, Lane
+from millpond.client.lane import CLOSED, CONNECT_TIMEOUT, Answer, Connection, Lane
 from millpond.errors import (
     InvalidInput,
     LeaseLost,
@@ -44,6 +45,7 @@ FIRST_REST = 1.0
 LONGEST_REST = 30.0
 MAX_ANSWER = 256 * 1024 * 1024
 """No answer that is read as a whole is larger."""
+_WITHOUT_A_WORD = frozenset({CLOSED, os.strerror(errno.ECONNRESET).lower()})
 NO_TLS = "does it speak TLS? then its URL begins with https://"
 NO_CERTIFICATE = "does it want a client certificate? then give cert= and key="
 _SERVER_AWAY = frozenset({"node_passive", "shutdown_draining"})
@@ -426,7 +428,7 @@ class Transport:
     def _exhausted(self, timeout: float, unsure: bool) -> StoreError:
         seconds = f"{timeout:g} s"
         said = "; ".join(f"{each.url}: {each.trouble}" for each in self.endpoints if each.trouble)
-        if CLOSED in said:
+        if any(each.trouble in _WITHOUT_A_WORD for each in self.endpoints):
             # What a server does that wants TLS, or a certificate, is all that can be seen of it.
             said += f"; {NO_CERTIFICATE if self._address.secure else NO_TLS}" if self._address.cert is None else ""
         if unsure:
@@ -487,7 +489,8 @@ class Transport:
         connection: Connection | None = None
         timer: TimerHandle | None = None
         try:
-            connection = link.connection = await lane.connection(fresh=fresh)
+            within = CONNECT_TIMEOUT if limit is None else limit
+            connection = link.connection = await lane.connection(fresh=fresh, within=within)
             if limit is not None:
                 timer = self.io_clock.call_later(limit, link.cut)
             answer = await send(lane, connection)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from millpond.errors import MillpondError
+from millpond.errors import MillpondError, OutcomeUnknown
 from millpond.model import names
 from millpond.server import logs, views
 from millpond.server import native_operations as operations
@@ -27,6 +27,7 @@ from millpond.server.limits import Kind
 from millpond.server.receiving import give_back
 from millpond.service.config import DEFAULT_OPTIONS
 from millpond.service.consuming import Delivery
+from millpond.service.producing import PASSED, Numbered
 from millpond.wire import native
 
 if TYPE_CHECKING:
@@ -74,23 +75,35 @@ class Joining(NamedTuple):
 
 def _prepare_enqueue(
     context: Context, request: native.EnqueueBatchRequest, place: Place
-) -> tuple[Hashable, tuple[bytes, str | None]] | None:
-    if len(request.messages) != 1 or request.number is not None or not context.quota.knows(*place):
+) -> tuple[Hashable, tuple[bytes, str | None, Numbered | None]] | None:
+    if len(request.messages) != 1 or not context.quota.knows(*place):
         return None
     [new] = request.messages
     if len(new.payload) > context.pond.service.inline_limit or views.options(new) is not DEFAULT_OPTIONS:
         return None
     id = new.message_id
-    return None, (new.payload, None if id is None else names.message_id(id))
+    numbered = views.numbered(request)
+    if numbered is not None and id is None:
+        return None
+    return numbered is not None, (new.payload, None if id is None else names.message_id(id), numbered)
 
 
-async def _enqueue(together: Together, place: Place, _: Any, members: Sequence[Member]) -> Sequence[Any]:
+async def _enqueue(together: Together, place: Place, numbered: Any, members: Sequence[Member]) -> Sequence[Any]:
     service = together.context.pond.service
     items = [member.item for member in members]
-    if all(id is None for _, id in items):
-        receipts = await service.enqueue_many(*place, [payload for payload, _ in items])
+    if numbered:
+        messages = [(payload, DEFAULT_OPTIONS, id) for payload, id, _ in items]
+        try:
+            receipts = await service.enqueue_each(*place, messages, numbered=[number for _, _, number in items])
+        except OutcomeUnknown as error:
+            if str(error) != PASSED:
+                raise
+            # One of them came too late. The others are in, and known by their numbers: each is told by itself.
+            return [None] * len(members)
+    elif all(id is None for _, id, _ in items):
+        receipts = await service.enqueue_many(*place, [payload for payload, _, _ in items])
     else:
-        receipts = await service.enqueue_each(*place, [(payload, DEFAULT_OPTIONS, id) for payload, id in items])
+        receipts = await service.enqueue_each(*place, [(payload, DEFAULT_OPTIONS, id) for payload, id, _ in items])
     return [native.Receipts([native.Receipt(id, duplicate)]) for id, duplicate in receipts]
 
 

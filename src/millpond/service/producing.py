@@ -131,11 +131,12 @@ class Producing(Core):
         queue: str,
         messages: Sequence[tuple[Any, EnqueueOptions, str | None]],
         *,
-        numbered: Numbered | None = None,
+        numbered: Numbered | Sequence[Numbered] | None = None,
     ) -> list[Receipt]:
         """As `enqueue_many`, each message with options of its own, and with the id that its producer chose for it, if
-        any (in place of ``options.message_id``). When one of them cannot be right, none is written. Of one that was
-        ``numbered`` and carried out before, nothing is, and every receipt says duplicate."""
+        any (in place of ``options.message_id``). When one of them cannot be right, none is written. Of a request
+        that was ``numbered`` (all of it, or each message is one) and carried out before, nothing is, and its receipts
+        say duplicate."""
         key = self.key(namespace, queue)
         defaults = self.defaults_at_hand(key) or await self.defaults(key)
         drafts: list[_Draft] = []
@@ -143,9 +144,12 @@ class Producing(Core):
         if numbered is not None and messages:
             if any(id is None for _, _, id in messages):
                 raise InvalidInput(UNNAMED)
-            serial = self._serial(numbered, messages[0][2])
+            if isinstance(numbered, Numbered):
+                serial = self._serial(numbered, messages[0][2])
         for index, (source, options, id) in enumerate(messages):
             try:
+                if numbered is not None and not isinstance(numbered, Numbered):
+                    serial = self._serial(numbered[index], id)
                 if options is DEFAULT_OPTIONS and source.__class__ is bytes and len(source) <= self.inline_limit:
                     made = self.ids.message_id() if id is None else names.message_id(id)
                     stamp = self._stamp(0, defaults.ttl)

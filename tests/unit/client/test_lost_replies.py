@@ -11,12 +11,14 @@ import pytest
 
 import millpond
 from millpond import Config, InvalidInput, LeaseLost, Message, OutcomeUnknown, Pond, Queue
+from millpond.client.asking import encode
 from millpond.client.pond import RemotePond
 from millpond.model.clock import ManualClock, SystemClock
 from millpond.server.run import running
 from millpond.service.config import DEFAULT_OPTIONS
 from millpond.service.producing import Numbered
 from millpond.stores.memory import MemoryStore
+from millpond.wire import native
 
 
 class Proxy:
@@ -88,6 +90,7 @@ class Lab:
     def __init__(self, local: Pond, remote: RemotePond, proxy: Proxy, clock: ManualClock, url: str) -> None:
         self.local = local.queue("orders")
         self.remote = remote.queue("orders")
+        self.remote_pond = remote
         self.pond = local
         self.proxy = proxy
         self.url = url
@@ -185,13 +188,32 @@ async def test_a_request_that_was_overtaken_is_not_carried_out_later() -> None:
         assert [message.payload for message in await at.local.receive(9)] == [b"2"]
 
 
+async def test_one_that_comes_too_late_is_told_alone() -> None:
+    """Requests that come at once are done together; what is wrong with one is not told to the others."""
+    async with lab() as at:
+        transport = at.remote_pond.transport
+
+        def request(session: str, number: int) -> bytes:
+            new = native.NewMessage(payload=session.encode(), message_id=at.pond.ids.message_id())
+            return encode(native.EnqueueBatchRequest(queue="orders", messages=[new], session=session, number=number))
+
+        await transport.call("/v1/queue/enqueueBatch", request("late", 2))
+        calls = [("a", 1), ("late", 1), ("b", 1)]
+        found = await asyncio.gather(
+            *(transport.call("/v1/queue/enqueueBatch", request(*call)) for call in calls), return_exceptions=True
+        )
+        assert [isinstance(one, OutcomeUnknown) for one in found] == [False, True, False]
+        assert sorted(message.payload for message in await at.local.receive(9)) == [b"a", b"b", b"late"]
+
+
 async def test_sessions_are_as_many_as_requests_at_a_time() -> None:
     asked: list[tuple[str, int]] = []
     async with lab() as at:
         each = at.pond.service.enqueue_each
 
-        async def seen(*arguments: Any, numbered: Numbered) -> Any:
-            asked.append(numbered[:2])
+        async def seen(*arguments: Any, numbered: Any) -> Any:
+            some = [numbered] if isinstance(numbered, Numbered) else numbered
+            asked.extend(one[:2] for one in some)
             return await each(*arguments, numbered=numbered)
 
         at.pond.service.enqueue_each = seen  # type: ignore[method-assign,assignment]

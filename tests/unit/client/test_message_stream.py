@@ -11,7 +11,7 @@ import pytest
 from tests.unit.client.fake import Asked, Drop, Fake, Say, fake, packed
 
 from millpond import Forbidden, MillpondError, Pond
-from millpond.client.lane import Connection
+from millpond.client.lane import CONNECT_TIMEOUT, Connection, Lane
 from millpond.client.pond import RemotePond
 from millpond.client.streaming import SILENCE
 from millpond.model.clock import ManualClock, SystemClock
@@ -86,7 +86,28 @@ async def test_a_body_in_chunks_may_come_in_any_pieces(size: int) -> None:
     assert not connection.keep, "what follows such an answer is not known"
 
 
-@pytest.mark.parametrize("wrong", [b"x\r\n", b"a" * 2000])
+@pytest.mark.parametrize("size", [b"-5", b"0x5", b"", b"f" * 17, b"1_0"])
+async def test_a_chunk_of_no_size_is_no_answer(size: bytes) -> None:
+    connection = Connection(1000)
+    connection.connection_made(_Transport())  # type: ignore[arg-type]
+    asked = connection.ask(b"")
+    connection.data_received(HEAD + size + b"\r\nxxxxx\r\n0\r\n\r\n")
+    with pytest.raises(OSError, match="a chunk without a size"):
+        await asked
+
+
+async def test_connecting_takes_no_longer_than_the_try_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hang(*arguments: Any, **options: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", hang)
+    lane = Lane("http://127.0.0.1:1", None, {}, 1000)
+    async with asyncio.timeout(CONNECT_TIMEOUT / 2):
+        with pytest.raises(TimeoutError, match="no connection in time"):
+            await lane.connection(within=0.01)
+
+
+@pytest.mark.parametrize("wrong", [b"x\r\n", b"-5\r\n", b"a" * 2000])
 async def test_a_chunk_without_a_size_ends_the_stream(wrong: bytes) -> None:
     connection = Connection(1000)
     connection.connection_made(_Transport())  # type: ignore[arg-type]
@@ -223,3 +244,4 @@ async def test_a_payload_that_was_read_in_part_spoils_no_connection() -> None:
                 await chunks.aclose()  # type: ignore[attr-defined]
                 assert (await queue.counts()).leased == 1
             assert len(await message.read()) == 3_000_000
+            assert pond.statistics()["transport"]["failures"] == 0

@@ -188,7 +188,7 @@ async def test_one_that_is_wrong_is_refused_and_the_others_are_not() -> None:
 UNUSUAL = {
     "several messages": {"queue": "q", "messages": [{"payload": text(b"x")}] * 2},
     "options": enqueue(b"x", priority=9),
-    "repeated": {**enqueue(b"x", message_id="0197a3c2-0000-7000-8000-000000000001"), "repeated": True},
+    "numbered": {**enqueue(b"x", message_id="0197a3c2-0000-7000-8000-000000000001"), "session": "s", "number": 1},
     "another queue": {**enqueue(b"x"), "queue": "another"},
 }
 

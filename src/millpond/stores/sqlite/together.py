@@ -103,7 +103,12 @@ class Together(Applier):
         free = (due // BUCKET << KIND_BITS) | FREE
         volume = size = 0
         for op in ops:
-            item, payload = op.item, op.payload
+            item, payload, serial = op.item, op.payload, op.serial
+            if serial is not None:
+                if serial is not self._serial:
+                    self._serial, self._passed = serial, self._pass(queue, serial)
+                if self._passed is not None:
+                    raise Singly
             if op.due != due:
                 due = op.due
                 mark = self._new_mark = Mark("1", due, False, None, Box.LIVE)
