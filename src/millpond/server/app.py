@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millpond.server")
 
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that a page which somebody visits can have his browser send without saying that it did so (no Origin), as if
+for a picture. lockd's routes take any other."""
+READY_FOR = 1.0
+"""Seconds for which an answer of `/readyz` stands: everybody may ask, and a look costs the store a read, or money."""
 READY_CHECK = ("health", "ready")
 """The queue by whose policy `/readyz` finds out whether the store can be reached; a read of something that is not there
 leaves nothing behind."""
@@ -79,6 +84,8 @@ class App:
         try:
             if handler is not None:
                 call.identity = self.context.authority.identify(call.scope)
+                if call.method in READING and call.identity.kind != "token":
+                    raise Refusal(405, "method_not_allowed", "this route takes POST")
                 await handler(call)
             else:
                 call.scope["millpond.call"] = call
@@ -133,8 +140,13 @@ async def healthz(call: Call) -> None:
 
 async def readyz(call: Call) -> None:
     """The store can be reached, and this server is not about to stop."""
-    call.context.refuse_while_draining()
-    await call.context.pond.store.document(*READY_CHECK)
+    context = call.context
+    context.refuse_while_draining()
+    async with context.ready_look:
+        now = context.pond.clock.monotonic()
+        if now >= context.ready_until:
+            await context.pond.store.document(*READY_CHECK)
+            context.ready_until = now + READY_FOR
     await call.answer(b"", content_type=None)
 
 

@@ -142,10 +142,11 @@ class Guard:
             for name, value in scope["headers"]:
                 if name == b"authorization":
                     return self._by_token(value, scope)
-        for name, _ in scope["headers"]:
-            if name == b"origin":
+        for name, value in scope["headers"]:
+            if name == b"origin" or (name == b"sec-fetch-site" and value != b"none"):
                 # A page that somebody visits can have his browser send requests to this machine, with his certificate
-                # if he has one; only a token cannot be sent along. Nobody else sends this header.
+                # if he has one; only a token cannot be sent along. Nobody else sends these headers; "none" is what is
+                # asked for by hand.
                 raise Refusal(403, "browser_refused", "requests of web pages (with an Origin) need a bearer token")
         peer: Identity | None = scope.get(PEER)
         if peer is not None:

@@ -27,6 +27,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
+HANGING_UP = "millpond.hung_up"
+"""Where in an ASGI scope the connection says whether its client has gone."""
 JSON_HEADER: Header = (b"content-type", b"application/json")
 MSGPACK_HEADER: Header = (b"content-type", headers.MSGPACK.encode())
 SHUTDOWN_HEADER: Header = (headers.SHUTDOWN, b"true")
@@ -66,6 +68,9 @@ class Context:
         self.streams = Streams(pond)
         self.held.answered = self.streams.answered
         self.watches = Watches(pond)
+        self.ready_until = float("-inf")
+        """Up to when the store counts as within reach (monotonic), and the lock under which one request finds out."""
+        self.ready_look = asyncio.Lock()
         self.draining = False
         self._drain_ends = 0.0
         self._drain_begins: set[Callable[[], object]] = set()
@@ -290,7 +295,8 @@ class Call:
     def vanished(self) -> bool:
         """It is known by now that the client has gone away, so that what is written does not reach it. False may be out
         of date, but not for whoever writes at once."""
-        return False
+        hung_up: Callable[[], bool] | None = self.scope.get(HANGING_UP)
+        return hung_up is not None and hung_up()
 
     # What is answered
 

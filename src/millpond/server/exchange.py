@@ -16,13 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from millpond.server.auth import ANONYMOUS
-from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header, too_large
+from millpond.server.context import (
+    HANGING_UP,
+    JSON_HEADER,
+    SHUTDOWN_HEADER,
+    AsgiScope,
+    Call,
+    CutOff,
+    Handler,
+    Header,
+    too_large,
+)
 from millpond.server.heads import Head
 from millpond.server.protocol import Protocol, lines_of
 from millpond.wire import headers
@@ -30,6 +41,8 @@ from millpond.wire import headers
 if TYPE_CHECKING:
     from millpond.server.app import App
 
+HUNG_UP = getattr(select, "POLLRDHUP", 0)
+"""That the client sends nothing more; systems without it tell only of connections that broke off."""
 MAX_BODY = 65_536
 """Larger bodies are not collected here but read by their handlers, piece by piece."""
 MAX_SCOPES = 16
@@ -145,7 +158,7 @@ class Exchange(Call):
 
     @property
     def vanished(self) -> bool:
-        return self.disconnected
+        return self.disconnected or self._connection.hung_up()
 
     # What is answered
 
@@ -298,6 +311,8 @@ class FastProtocol(Protocol):
         self._exchange: Exchange | None = None
         """The request that is coming in, where it is one for here."""
         self._handler: Handler | None = None
+        self._running: RequestResponseCycle | Exchange | None = None
+        """The request that is being answered; `cycle` is the last that came, which may wait for its turn."""
         self._heads = application.heads
         self._known = application.heads.known
         self._raw = b""
@@ -316,6 +331,7 @@ class FastProtocol(Protocol):
             self._scopes[head] = scope
         exchange = Exchange(self, self._application, scope, keep_alive=head.keep_alive, body=body)
         exchange.at_hand, exchange.packed = body, head.packed
+        self._running = exchange
         self.cycle = exchange  # type: ignore[assignment]
         if not self._application.together.take(exchange, head, body):
             self.begin_usual(exchange, head.handler)
@@ -334,10 +350,38 @@ class FastProtocol(Protocol):
     def eof_received(self) -> None:
         """The client hung up. What was written it still reads; from here on nothing is, though uvicorn learns of it
         only with the next turn of the loop."""
-        cycle: RequestResponseCycle | Exchange | None = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
+        self.tell_gone()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.tell_gone()
+        super().connection_lost(exc)
+
+    def tell_gone(self) -> bool:
+        """Let what is being answered, and what waits behind it, know that there is nobody to answer. Whether one of
+        them had begun its answer."""
+        begun = False
+        cycle: RequestResponseCycle | Exchange | None
+        for cycle in (self._running, self.cycle):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+                begun |= cycle.response_started
+        return begun
+
+    def hung_up(self) -> bool:
+        """The client is known to have gone. While nothing is read, because a further request waits for its turn, the
+        end of what it sends lies behind that in the socket; there the system is asked."""
+        if self.transport.is_closing():
+            return True
+        if not self.flow.read_paused:
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), HUNG_UP)
+        return bool(poll.poll(0))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         self.url = b""
@@ -394,6 +438,7 @@ class FastProtocol(Protocol):
             "server": self.server,
             "root_path": self.root_path,
             "state": self.app_state.copy(),
+            HANGING_UP: self.hung_up,
         }
         self.scope = scope
 
@@ -409,6 +454,7 @@ class FastProtocol(Protocol):
             super().on_message_complete()
             return
         self._exchange = None
+        self._running = exchange
         self.begin_usual(exchange, handler)
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:

@@ -141,5 +141,5 @@ class Protocol(HttpToolsProtocol):
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:
-            self.flow.pause_reading()
+            # Reading goes on for a while: else the end of the connection would lie unseen behind what comes.
             self.pipeline.appendleft((self.cycle, self.app))

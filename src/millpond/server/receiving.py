@@ -249,9 +249,10 @@ async def receive(call: Call, wish: Wish, patience: float | None) -> list[Delive
             return deliveries
     async with Presence(call) as presence:
         deliveries = await presence.run(wait(context, wish, patience))
-        if presence.gone or presence.lost is not None:
+        if presence.gone or presence.lost is not None or call.vanished:
             give_back(context, deliveries)
             presence.check()
+            raise Disconnected
         return deliveries
 
 

@@ -122,7 +122,7 @@ async def _send(
                 async for chunk in deliveries.payload(context, delivery):
                     await call.write(chunk)
                 await call.write(made.after)
-            if presence.gone:
+            if presence.gone or call.vanished:
                 raise Disconnected
             context.held.keep(delivery)
             all_sent.add(delivery)

@@ -265,7 +265,7 @@ class Together:
             call.begin(self._refuse(call, error, member.began))
             return
         if delivery is not None:
-            if call.disconnected:
+            if call.vanished:
                 # It went while the message was claimed: what is written now is lost.
                 give_back(self.context, (delivery,))
                 call.begin(self._refuse(call, Disconnected(), member.began))

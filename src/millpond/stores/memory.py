@@ -261,7 +261,13 @@ class MemoryStore:
             op.blob,
         )
         self._add(queue, record)
-        undo.append(lambda: self._discard(queue, record))
+        queue.inserted += 1
+
+        def take_back() -> None:
+            self._discard(queue, record)
+            queue.inserted -= 1
+
+        undo.append(take_back)
         changed.add(Change(*name))
         return Inserted(record.item, record.mark)
 
@@ -559,6 +565,7 @@ class MemoryStore:
             blocked=found.blocked - blocked_leased,
             dead=len(found.boxes[Box.DEAD]),
             bytes=found.bytes,
+            enqueued=found.inserted,
             oldest_due=min((due for due in firsts if due <= now), default=None),
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from tests.unit.server.certificates import Authority, write
 from tests.unit.server.lockd import until
 from tests.unit.server.native import JSON, leased
@@ -18,10 +19,9 @@ from tests.unit.server.raw import Connection
 from tests.unit.server.test_process import Secure, pond_of, secure, serving, tls_settings
 
 from millpond.model.durations import format_duration
-from millpond.server import tokens
+from millpond.server import receiving, tokens
 from millpond.server.auth import certificate_identity
 from millpond.server.process import Service
-from millpond.server.receiving import LONGEST_TIMER
 from millpond.server.reload import EVERY
 from millpond.server.tokens import Token
 
@@ -130,22 +130,25 @@ async def test_a_stream_ends_with_its_token_and_gives_back_what_was_not_answered
         assert service.context._rights_change == set()
 
 
-async def test_a_stream_ends_when_its_token_expires_however_late_that_is(tmp_path: Path) -> None:
+async def test_a_stream_ends_when_its_token_expires_however_late_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "LONGEST_TIMER", 40.0)
     now = 1_750_000_000_000  # where the clock of tests begins
-    lasts = 3 * LONGEST_TIMER + 5
+    lasts = 3 * 40.0 + 5
     rights = Rights(tmp_path / "tokens.toml", expires_at=now + round(lasts * 1000))
     async with serving(auth_tokens=str(rights.path)) as service, Connection(service.server.url) as connection:
         pond = pond_of(service)
         assert pond.clock.now_ms() == now
         wish = {"Accept": "application/x-ndjson"} | rights.header
-        await open_stream(connection, "/v1/queue/stream", wish, credit=1, heartbeat_ms=3_600_000)
+        await open_stream(connection, "/v1/queue/stream", wish, credit=1, heartbeat_ms=20_000)
         await connection.head()
         await lines(connection, 1)
         kinds: list[str] = []
         while pond.clock.now_ms() < now + lasts * 1000 - 2000:
             left = (now + lasts * 1000 - pond.clock.now_ms()) / 1000
-            await pond.advance(min(43_200, left - 1))
-            kinds += [frame["type"] for frame in await lines(connection, 1)] if left > 3600 else []
+            await pond.advance(min(20, left - 1))
+            kinds += [frame["type"] for frame in await lines(connection, 1)] if left > 21 else []
         assert set(kinds) == {"heartbeat"}, format_duration(lasts)
         await present(service)
         await pond.advance(2)
@@ -345,6 +348,32 @@ async def test_streams_by_certificate_end_when_it_expires(secure: Secure, tmp_pa
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             await open_stream(connection, "/v1/queue/list", {})
             assert (await connection.answer()).status == 401
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("behind", [False, True], ids=["alone", "with a request behind it"])
+def test_a_client_that_leaves_is_noticed_by_tls_on_each_event_loop(
+    secure: Secure, tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop], behind: bool
+) -> None:
+    own = secure.client(secure.ca.client("spiffe://x", "lockd://ns/ALL"))
+
+    async def leave() -> None:
+        async with serving(**tls_settings(tmp_path)) as service, Connection(service.server.url, tls=own) as connection:
+            pond = pond_of(service)
+            await open_stream(connection, "/v1/queue/receive", {}, wait_ms=3_600_000)
+            await until(lambda: pond.dispatcher.waiting)
+            [one] = service.server.watch.connections
+            if behind:
+                await open_stream(connection, "/v1/queue/receive", {}, wait_ms=3_600_000)
+                await until(lambda: one.pipeline)
+            connection.writer.close()
+            await until(lambda: not pond.dispatcher.waiting and not one.tasks)
+            await pond.queue("q").enqueue(b"1")
+            await pond.settle()
+            assert (await pond.queue("q").counts()).leased == 0
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(leave())
 
 
 def test_when_a_certificate_ends() -> None:
