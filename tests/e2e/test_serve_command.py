@@ -175,7 +175,8 @@ def test_a_second_signal_ends_it_at_once(serve: Callable[..., Served], second: i
     ("arguments", "code", "said"),
     [
         (["--host", "0.0.0.0", "--store", "memory://"], 2, "refusing to listen on 0.0.0.0 without TLS"),
-        (["--auth-tokens", "none.toml", "--store", "memory://"], 1, "tokens file none.toml cannot be read"),
+        (["--auth-tokens", "none.toml", "--store", "memory://"], 2, "tokens file none.toml cannot be read"),
+        (["--tls-cert", "none.pem", "--store", "memory://"], 2, "none.pem cannot be read"),
         (["--store", "sqlite:///no/such/folder/work.db"], 1, "there is no directory"),
     ],
 )

@@ -80,9 +80,11 @@ def serve(settings: Settings, /, config: str | None, show_config: bool, **flags:
             _show(settings, loaded)
             return
         loaded.config.check_exposure()
+        code = _run(settings, loaded.config)
     except InvalidInput as error:
+        # Also a file that is not there or cannot be used: trying again would change nothing.
         raise click.UsageError(str(error)) from error
-    raise click.exceptions.Exit(_run(settings, loaded.config))
+    raise click.exceptions.Exit(code)
 
 
 def _run(settings: Settings, config: ServerConfig) -> int:

@@ -26,6 +26,8 @@ CONNECT_TIMEOUT = 5.0
 IDLE = 15.0
 """Seconds for which an idle connection is used again: less than any server keeps it."""
 MOST_IDLE = 128
+CLOSED = "it closed the connection"
+"""What is said of a server that ends a connection without a word."""
 READ_AHEAD = 512 * 1024
 """Bytes of a streamed answer that wait for their reader; beyond, the server waits."""
 
@@ -76,7 +78,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.keep = False
-        self._lost = exc if isinstance(exc, OSError) else ConnectionResetError("it closed the connection")
+        self._lost = exc if isinstance(exc, OSError) else ConnectionResetError(CLOSED)
         self._fail(self._lost)
         self.resume_writing()
         _wake(self._wanted)
@@ -223,7 +225,11 @@ class Connection(asyncio.Protocol):
     def ask(self, request: bytes, *, stream: bool = False) -> asyncio.Future[Answer]:
         """Send a request; its answer, or an OSError. ``stream``: the body of a success is left to `chunk`."""
         self._streaming = stream
-        self._waiting = waiting = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        if self._lost is not None:  # between its opening and now; uvloop's transport raises something else
+            waiting.set_exception(self._lost)
+            return waiting
+        self._waiting = waiting
         self._transport.write(request)
         return waiting
 
@@ -249,11 +255,6 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
-    @property
-    def whole(self) -> bool:
-        """The streamed answer was read to its end."""
-        return not self._left and not self._chunks
-
     def abort(self) -> None:
         """End it at once."""
         self.keep = False
@@ -263,7 +264,9 @@ class Connection(asyncio.Protocol):
     def hang_up(self) -> None:
         """Say that nothing more comes, and still read what is on its way; where it cannot do that (TLS), end it."""
         self.keep = False
-        if self._transport is not None and self._transport.can_write_eof():
+        if self._transport is None or self._transport.is_closing():
+            return  # nothing comes or goes any more; uvloop's raises when it is told again
+        if self._transport.can_write_eof():
             self._transport.write_eof()
         else:
             self.abort()

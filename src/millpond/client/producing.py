@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from millpond.errors import InvalidInput, TooLarge
 from millpond.service.config import DEFAULT_OPTIONS, EnqueueOptions, Wishes, check_options
 from millpond.service.payloads import Inline, Payload, Streamed, prepare
 from millpond.service.producing import Receipt
-from millpond.wire import native
+from millpond.wire import headers, native
 
 INLINE = 64 * 1024
 """Payloads up to this size travel in a message; larger ones, and what is read from a source, in a body of their own."""
@@ -132,26 +133,20 @@ class Producing(Asking):
         }
         if message.max_attempts == 0:
             meta["unlimited_attempts"] = True  # 0 is lockd's word for "the default"
-        try:
-            head = msgspec.json.encode({"namespace": key[0], "queue": key[1], **meta})
-            same = msgspec.json.decode(msgspec.json.encode(message.attributes)) == message.attributes
-        except (TypeError, ValueError) as error:
-            raise InvalidInput(f"attributes of a message with a streamed payload must be JSON: {error}") from error
-        if not same:
-            raise InvalidInput(
-                "attributes of a message with a streamed payload must be JSON; there are bytes among them"
-            )
+        kind, head = _meta_part({"namespace": key[0], "queue": key[1], **meta})
         boundary = BOUNDARY + self.ids.random(16).hex()
 
         opening = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="meta"\r\n'
-            f"Content-Type: application/json\r\n\r\n{head.decode()}\r\n"
-            f'--{boundary}\r\nContent-Disposition: form-data; name="payload"\r\n'
+            f'--{boundary}\r\nContent-Disposition: form-data; name="meta"\r\nContent-Type: {kind}\r\n\r\n'
+        ).encode()
+        between = (
+            f"\r\n--{boundary}\r\n"
+            'Content-Disposition: form-data; name="payload"\r\n'
             "Content-Type: application/octet-stream\r\n\r\n"
-        )
+        ).encode()
 
         async def body() -> AsyncIterator[bytes]:
-            yield opening.encode()
+            yield opening + head + between
             chunks = payload.chunks if isinstance(payload, Streamed) else payload()
             try:
                 async for chunk in chunks:
@@ -172,6 +167,19 @@ class Producing(Asking):
         )
         found = read(lambda data: msgspec.json.decode(data, type=_Uploaded), data)
         return self._receipt(found.message_id, found.duplicate, id, attempt, wishes)
+
+
+def _meta_part(meta: dict[str, Any]) -> tuple[str, bytes]:
+    """What is said of a message whose payload is streamed, and its content type: JSON, which every server of lockd's
+    protocol reads, unless there are values that it has no form for. Raises InvalidInput."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        data = msgspec.json.encode(meta)
+        if msgspec.json.decode(data) == meta:
+            return headers.JSON, data
+    try:
+        return headers.MSGPACK, msgspec.msgpack.encode(meta)
+    except (TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise InvalidInput(f"the options of an enqueue cannot be sent: {error}") from error
 
 
 async def _pieces(data: bytes) -> AsyncIterator[bytes]:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from millpond.errors import MillpondError, StoreClosed, StoreError
 from millpond.server import lockd_routes, logs, native_routes, openapi
 from millpond.server.context import AsgiScope, Call, Context, CutOff, Disconnected, Handler, Receive, Send
+from millpond.server.heads import Heads
 from millpond.server.metrics import ServerMetrics
+from millpond.server.together import Together
 from millpond.wire import faults, headers
 from millpond.wire.faults import Refusal
 
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("millpond.server")
 
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that a page which somebody visits can have his browser send without saying that it did so (no Origin), as if
+for a picture. lockd's routes take any other."""
+READY_FOR = 1.0
+"""Seconds for which an answer of `/readyz` stands: everybody may ask, and a look costs the store a read, or money."""
 READY_CHECK = ("health", "ready")
 """The queue by whose policy `/readyz` finds out whether the store can be reached; a read of something that is not there
 leaves nothing behind."""
@@ -41,6 +48,8 @@ class App:
         self.hot: dict[str, Handler] = {**self._lockd, **native_routes.hot()}
         self.quick = {path.encode(): (path, handler) for path, handler in self.hot.items()}
         """The same by the bytes of a request's first line."""
+        self.heads = Heads()
+        self.together = Together(self)
         self.routes: list[BaseRoute] = [
             Route("/healthz", _asgi(healthz), methods=["GET", "POST"]),
             Route("/readyz", _asgi(readyz), methods=["GET", "POST"]),
@@ -71,30 +80,40 @@ class App:
             await self._answer(call, handler)
 
     async def _answer(self, call: Call, handler: Handler | None) -> None:
-        metrics = self.context.metrics
-        access = self.context.config.log_access
-        timed = metrics.timed or access
-        began = self.context.pond.clock.monotonic() if timed else 0.0
+        began = self.context.pond.clock.monotonic()
         try:
             if handler is not None:
                 call.identity = self.context.authority.identify(call.scope)
+                if call.method in READING and call.identity.kind != "token":
+                    raise Refusal(405, "method_not_allowed", "this route takes POST")
                 await handler(call)
             else:
                 call.scope["millpond.call"] = call
                 call.scope["app"] = self  # so that Starlette raises rather than answers
                 await self._rest(call.scope, call.receive, call.send)
-        except Disconnected:
-            call.status = 499  # nobody is told; in metrics it is what nginx calls it
         except Exception as error:
-            if call.route in self._lockd:
-                call.style = "lockd"
-            await respond_error(call, error)
+            await self.tell(call, error)
         finally:
-            if timed:
-                seconds = self.context.pond.clock.monotonic() - began
-                metrics.request(call.route, call.status, seconds)
-                if access:
-                    logs.access(call.address, call.identity.name, call.method, call.route, call.status, seconds)
+            self.note(call, began)
+
+    async def tell(self, call: Call, error: Exception) -> None:
+        """Answer with what went wrong. Raises CutOff when the answer had begun."""
+        if isinstance(error, Disconnected):
+            call.status = 499  # nobody is told; in metrics it is what nginx calls it
+            return
+        if call.route in self._lockd:
+            call.style = "lockd"
+        await respond_error(call, error)
+
+    def note(self, call: Call, began: float, now: float | None = None) -> None:
+        """Count a request that is over. ``now``: the time, if it was just looked at."""
+        context = self.context
+        metrics, access = context.metrics, context.config.log_access
+        if metrics.timed or access:
+            seconds = (context.pond.clock.monotonic() if now is None else now) - began
+            metrics.request(call.route, call.status, seconds)
+            if access:
+                logs.access(call.address, call.identity.name, call.method, call.route, call.status, seconds)
 
 
 def _asgi(handler: Handler) -> Any:
@@ -121,8 +140,13 @@ async def healthz(call: Call) -> None:
 
 async def readyz(call: Call) -> None:
     """The store can be reached, and this server is not about to stop."""
-    call.context.refuse_while_draining()
-    await call.context.pond.store.document(*READY_CHECK)
+    context = call.context
+    context.refuse_while_draining()
+    async with context.ready_look:
+        now = context.pond.clock.monotonic()
+        if now >= context.ready_until:
+            await context.pond.store.document(*READY_CHECK)
+            context.ready_until = now + READY_FOR
     await call.answer(b"", content_type=None)
 
 
@@ -157,6 +181,8 @@ async def respond_error(call: Call, error: Exception) -> None:
     more = []
     if fault.retry_after_seconds > 0:
         more.append((headers.RETRY_AFTER, b"%d" % fault.retry_after_seconds))
+    if status == 429:
+        more.append((headers.LOAD_STATE, call.context.gate.state.encode()))
     if status == 405:
         more.append((b"allow", _allowed(error)))
     if status == 401:

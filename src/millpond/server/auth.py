@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import ssl
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl, urlsplit
@@ -42,6 +43,12 @@ class Identity(msgspec.Struct):
     grants: tuple[Grant, ...] = ()
     problem: str = ""
     """Why the claims of a certificate cannot be used."""
+    hash: str = ""
+    """Of a token: a new one under its id is somebody else's."""
+    expires_at: int | None = None
+    """ms UTC; from then on it is nobody's."""
+    withdrawn: bool = False
+    """The CA that vouched for the certificate is not one of the server's any more."""
     decided: dict[tuple[str, str | None, str | None], bool] = msgspec.field(default_factory=dict)
 
     def may(self, scope: str, namespace: str | None, queue: str | None) -> bool:
@@ -76,6 +83,10 @@ class Authority(Protocol):
         """Return if ``identity`` may do this on the queue (None: on all of them, or on none in particular). Names as
         the caller wrote them. Raises Forbidden, Unauthorized."""
 
+    def again(self, identity: Identity, scope: Mapping[str, Any]) -> Identity:
+        """Who `identify` once said that it was, by what counts now: a stream lasts longer than a token may. Raises
+        Unauthorized."""
+
 
 class OpenAuthority:
     """Everybody may do everything: a server on loopback without tokens."""
@@ -85,6 +96,9 @@ class OpenAuthority:
 
     def authorise(self, identity: Identity, scope: Scope, namespace: str | None, queue: str | None) -> None:
         return None
+
+    def again(self, identity: Identity, scope: Mapping[str, Any]) -> Identity:
+        return identity
 
 
 class Guard:
@@ -116,7 +130,10 @@ class Guard:
         """From now on these tokens count, and no others."""
         self._tokens = Tokens(tokens)
         self._identities = {
-            token.id: Identity(token.name, "token", token.id, token.grants) for token in self._tokens.by_id.values()
+            token.id: Identity(
+                token.name, "token", token.id, token.grants, hash=token.hash, expires_at=token.expires_at
+            )
+            for token in self._tokens.by_id.values()
         }
 
     def identify(self, scope: Mapping[str, Any]) -> Identity:
@@ -125,13 +142,15 @@ class Guard:
             for name, value in scope["headers"]:
                 if name == b"authorization":
                     return self._by_token(value, scope)
-        for name, _ in scope["headers"]:
-            if name == b"origin":
+        for name, value in scope["headers"]:
+            if name == b"origin" or (name == b"sec-fetch-site" and value != b"none"):
                 # A page that somebody visits can have his browser send requests to this machine, with his certificate
-                # if he has one; only a token cannot be sent along. Nobody else sends this header.
+                # if he has one; only a token cannot be sent along. Nobody else sends these headers; "none" is what is
+                # asked for by hand.
                 raise Refusal(403, "browser_refused", "requests of web pages (with an Origin) need a bearer token")
         peer: Identity | None = scope.get(PEER)
         if peer is not None:
+            self._check_certificate(peer)
             return peer
         if self._anonymous:
             return ANONYMOUS
@@ -155,6 +174,32 @@ class Guard:
         raise Unauthorized(
             "the token is not valid: it is unknown, wrong or expired; ask who runs the server for another"
         )
+
+    def _check_certificate(self, peer: Identity) -> None:
+        # The handshake has seen to this once; a connection may last for years.
+        if peer.withdrawn:
+            reason = "the CA of the client certificate is not trusted any more"
+        elif peer.expires_at is not None and self._clock.now_ms() >= peer.expires_at:
+            reason = "the client certificate has expired"
+        else:
+            return
+        self.refused += 1
+        raise Unauthorized(f"{reason}: connect again, with another one")
+
+    def again(self, identity: Identity, scope: Mapping[str, Any]) -> Identity:
+        """Who that is now. Raises Unauthorized."""
+        peer: Identity | None = scope.get(PEER)
+        if peer is not None:
+            self._check_certificate(peer)
+        if identity.kind != "token":
+            return identity
+        now = self._identities.get(identity.id)
+        if now is not None and now.hash != identity.hash:
+            now = None  # another token took its id
+        if now is not None and (now.expires_at is None or self._clock.now_ms() < now.expires_at):
+            return now
+        self.refused += 1
+        raise Unauthorized("the token is not valid any more: it was revoked, replaced or has expired; show another")
 
     def authorise(self, identity: Identity, scope: Scope, namespace: str | None, queue: str | None) -> None:
         """Return if ``identity`` may do this. Raises Forbidden, InvalidQueue."""
@@ -222,7 +267,9 @@ def certificate_identity(certificate: Mapping[str, Any]) -> Identity:
                 problem = problem or f"the certificate's claim {uri[:200]} {error}"
     if problem:
         grants = []
-    return Identity(f"{subject}#{serial}", "certificate", serial, tuple(grants), problem)
+    ends = certificate.get("notAfter")
+    expires_at = None if ends is None else int(ssl.cert_time_to_seconds(ends)) * 1000
+    return Identity(f"{subject}#{serial}", "certificate", serial, tuple(grants), problem, expires_at=expires_at)
 
 
 def _claim(uri: str) -> Grant:

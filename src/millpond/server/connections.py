@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httptools
@@ -22,6 +24,7 @@ from millpond.server.auth import PEER, Identity, certificate_identity, serial_nu
 from millpond.server.config import ServerConfig
 from millpond.server.context import AsgiScope
 from millpond.server.exchange import Exchange, FastProtocol
+from millpond.server.heads import beginning
 from millpond.wire import faults
 from millpond.wire.faults import Fault
 
@@ -38,6 +41,12 @@ which somebody only wants to hold the connection."""
 LEAST_TICK = 0.02
 MOST_AT_ONCE = 256 * 1024
 """Bytes that an event loop reads at once."""
+
+MOST_AHEAD = 65_536
+"""Bytes that are read while a request waits for the answer to another. More would take memory; but as long as reading
+goes on, a client that leaves is noticed at once."""
+MOST_PIPELINED = 64
+"""Requests that may wait behind one that is being answered: some kilobytes each."""
 
 REASONS = {
     400: b"Bad Request",
@@ -83,6 +92,11 @@ class Watch:
             connection.check(self.tick)
         self.start()
 
+    def withdraw(self, gone: Callable[[Mapping[str, Any]], bool]) -> None:
+        """The certificates for which ``gone`` is true let nobody in any more."""
+        for connection in self.connections:
+            connection.withdraw(gone)
+
     def over(self, address: str) -> str | None:
         """Why a further connection of this address is one too many; None when it is not."""
         config = self.config
@@ -92,6 +106,20 @@ class Watch:
         if most and self.addresses[address] >= most:
             return "too_many_connections_of_address"
         return None
+
+
+KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""Seconds of silence until the system asks the client's, seconds between such questions, and how many go unanswered
+before the connection is over: a consumer whose machine was switched off says nothing of it."""
+
+
+def _ask_when_silent(sock: socket.socket | None) -> None:
+    if sock is None or sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEP_ALIVE.items():
+        if hasattr(socket, name):  # not every system has all of them
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Connection(FastProtocol):
@@ -114,6 +142,8 @@ class Connection(FastProtocol):
         """Bytes that came since the beginning of the head, that chunk included: no head is larger."""
         self._body = 0
         """Bytes of the body since `_since`."""
+        self._ahead = 0
+        """Bytes that came while a request waited for the answer to another."""
         self._quiet = 0
         """Bytes that came since a part of the body did: trailers, extensions of chunks, which nobody reads."""
         self._stalled: int | None = None
@@ -135,6 +165,7 @@ class Connection(FastProtocol):
         if reason is not None:
             self.refuse(503, reason, "this server has as many connections as it takes; close some, or come back later")
             return
+        _ask_when_silent(transport.get_extra_info("socket"))
         tls = transport.get_extra_info("ssl_object")
         certificate = None if tls is None else tls.getpeercert()
         if certificate:
@@ -143,6 +174,14 @@ class Connection(FastProtocol):
                 watch.refused["revoked_certificate"] += 1
                 log.warning("millpond.auth.revoked", extra={"client": address, "identity": self._peer.name})
                 transport.abort()
+
+    def withdraw(self, gone: Callable[[Mapping[str, Any]], bool]) -> None:
+        """As `Watch.withdraw`."""
+        if self._peer is None:
+            return
+        certificate = self.transport.get_extra_info("ssl_object").getpeercert()
+        if not certificate or gone(certificate):
+            self._peer.withdrawn = True
 
     def connection_lost(self, exc: Exception | None) -> None:
         watch = self._watch
@@ -158,10 +197,22 @@ class Connection(FastProtocol):
     def data_received(self, data: bytes) -> None:
         size = len(data)
         if self._stage == IDLE:
+            # The parser is between two requests, so that what it does not see it does not miss.
+            raw = beginning(data)
+            head = self._known.get(raw)
+            if head is not None and size == len(raw) + head.length:
+                self._stage, self._begun = BUSY, True
+                self.run_known(head, data[len(raw) :])
+                return
+            self._raw = raw
             self._stage, self._since, self._begun, self._fed = HEAD, self._watch.tick, True, 0
             self._first = size
         elif self._stage == LINGER:
             return
+        if self.pipeline:
+            self._ahead += size
+            if self._ahead > MOST_AHEAD:
+                self.flow.pause_reading()
         self._chunk = size
         self._fed += size
         try:
@@ -182,6 +233,15 @@ class Connection(FastProtocol):
                     self._head_too_large()
 
     def on_message_begin(self) -> None:
+        if self._stage == LINGER:
+            return  # refused; what came together with that is not looked at
+        if len(self.pipeline) >= MOST_PIPELINED:
+            self.refuse(
+                400,
+                "too_many_requests_ahead",
+                f"more than {MOST_PIPELINED} requests wait for their answers; read those",
+            )
+            return
         super().on_message_begin()
         self._stage, self._since = HEAD, self._watch.tick
         self._first = self._fed = self._chunk
@@ -195,6 +255,8 @@ class Connection(FastProtocol):
             self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self._stage == LINGER:
+            return
         if len(self.headers) > self._max_headers or (self._fed > self._max_head and self._head_size() > self._max_head):
             self._head_too_large()
             return
@@ -239,6 +301,7 @@ class Connection(FastProtocol):
         if self.pipeline:
             super().on_response_complete()
             return
+        self._ahead = 0
         # As uvicorn does it, without a timer for each answer: the sweep sees to that.
         self.server_state.total_requests += 1
         if self.transport.is_closing():
@@ -265,14 +328,10 @@ class Connection(FastProtocol):
             return
         self._watch.refused[code] += 1
         log.info("millpond.server.refused", extra={"client": self._address, "reason": code})
-        cycle: RequestResponseCycle | Exchange | None = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
-            if cycle.response_started:
-                self._stage = LINGER
-                self.transport.abort()
-                return
+        if self.tell_gone():
+            self._stage = LINGER
+            self.transport.abort()
+            return
         body = faults.as_json(Fault(code, detail))
         lines = [b"HTTP/1.1 %d %s" % (status, REASONS[status])]
         lines += [name + b": " + value for name, value in self.server_state.default_headers]
@@ -298,6 +357,10 @@ class Connection(FastProtocol):
             self._end("slow_reader")
             return
         if self.transport.is_closing():
+            return
+        if self.flow.read_paused and self.hung_up():
+            self.tell_gone()
+            self.transport.close()
             return
         age = tick - self._since
         match self._stage:

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from millpond.pond import Pond
 from millpond.server.audit import Audit, Who
-from millpond.server.auth import ANONYMOUS, Authority, Identity, OpenAuthority, Scope
+from millpond.server.auth import ANONYMOUS, PEER, Authority, Identity, OpenAuthority, Scope
 from millpond.server.config import ServerConfig
 from millpond.server.gate import LoadGate, store_load
 from millpond.server.held import Held
@@ -27,7 +27,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
 
+HANGING_UP = "millpond.hung_up"
+"""Where in an ASGI scope the connection says whether its client has gone."""
 JSON_HEADER: Header = (b"content-type", b"application/json")
+MSGPACK_HEADER: Header = (b"content-type", headers.MSGPACK.encode())
 SHUTDOWN_HEADER: Header = (headers.SHUTDOWN, b"true")
 
 
@@ -65,9 +68,13 @@ class Context:
         self.streams = Streams(pond)
         self.held.answered = self.streams.answered
         self.watches = Watches(pond)
+        self.ready_until = float("-inf")
+        """Up to when the store counts as within reach (monotonic), and the lock under which one request finds out."""
+        self.ready_look = asyncio.Lock()
         self.draining = False
         self._drain_ends = 0.0
         self._drain_begins: set[Callable[[], object]] = set()
+        self._rights_change: set[Callable[[], object]] = set()
         self.tasks: set[asyncio.Task[Any]] = set()
         """Work that outlives its request: giving back what a vanished client was sent."""
 
@@ -84,6 +91,16 @@ class Context:
         """Call this once when draining begins; what is returned forgets about it."""
         self._drain_begins.add(call)
         return lambda: self._drain_begins.discard(call)
+
+    def rights_changed(self) -> None:
+        """Tokens or certificates were read anew: who waits or streams is judged again."""
+        for call in list(self._rights_change):
+            call()
+
+    def on_rights(self, call: Callable[[], object]) -> Callable[[], None]:
+        """Call this whenever rights have changed; what is returned forgets about it."""
+        self._rights_change.add(call)
+        return lambda: self._rights_change.discard(call)
 
     def refuse_while_draining(self) -> None:
         """For whatever hands out messages. Raises Refusal ``shutdown_draining``."""
@@ -111,11 +128,14 @@ class Call:
     """One request, and the way to its answer."""
 
     __slots__ = (
+        "_allowed",
         "_body_over",
         "_correlation",
         "_query",
+        "at_hand",
         "context",
         "identity",
+        "packed",
         "receive",
         "route",
         "scope",
@@ -132,6 +152,8 @@ class Call:
         self.send = send
         self.route: str = scope["path"]
         self.identity: Identity = ANONYMOUS
+        self._allowed: tuple[Scope, str | None, str | None] | None = None
+        """What it was allowed last."""
         self.style: Literal["native", "lockd"] = "native"
         """Whose codes an error gets."""
         self.started = False
@@ -140,6 +162,10 @@ class Call:
         self._correlation: str | None = None
         self._query: dict[str, str] | None = None
         self._body_over = False
+        self.at_hand: bytes | None = None
+        """The whole body of a POST, no larger than it may be, where it came at once with a head that is known."""
+        self.packed: bool | None = None
+        """Then: whether that is MessagePack (true) or JSON; None where it takes a look to know."""
 
     # What was asked
 
@@ -181,6 +207,21 @@ class Call:
     def authorise(self, scope: Scope, namespace: str | None = None, queue: str | None = None) -> None:
         """Return if the caller may do this. Raises Forbidden, Unauthorized."""
         self.context.authority.authorise(self.identity, scope, namespace, queue)
+        self._allowed = (scope, namespace, queue)
+
+    def check_rights(self) -> None:
+        """Return if the caller is still somebody who may do what he was allowed. Raises Forbidden, Unauthorized."""
+        authority = self.context.authority
+        self.identity = authority.again(self.identity, self.scope)
+        if self._allowed is not None:
+            authority.authorise(self.identity, *self._allowed)
+
+    @property
+    def rights_end(self) -> int | None:
+        """When the caller's token or certificate expires (ms UTC); None: never."""
+        peer: Identity | None = self.scope.get(PEER)
+        ends = [one.expires_at for one in (self.identity, peer) if one is not None and one.expires_at is not None]
+        return min(ends, default=None)
 
     @property
     def address(self) -> str:
@@ -254,7 +295,8 @@ class Call:
     def vanished(self) -> bool:
         """It is known by now that the client has gone away, so that what is written does not reach it. False may be out
         of date, but not for whoever writes at once."""
-        return False
+        hung_up: Callable[[], bool] | None = self.scope.get(HANGING_UP)
+        return hung_up is not None and hung_up()
 
     # What is answered
 

@@ -6,26 +6,50 @@ of the hot routes whose body is small and said to be so is run by `App.run` on a
 knows as a `Call`. Everything else, and everything unusual (other methods, a query, chunks, ``Expect``, a request sent
 before the last answer), goes uvicorn's way, which ends in the same handlers; so nothing may be decided here.
 
+A head that was read before is not read again (`millpond.server.heads`), if its request comes in one piece on a
+connection that is free; the plainest of these requests are done together (`millpond.server.together`).
+
 Importing this module loads uvicorn.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+import contextlib
+import select
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
-from millpond.server.context import JSON_HEADER, SHUTDOWN_HEADER, AsgiScope, Call, CutOff, Handler, Header, too_large
-from millpond.server.protocol import Protocol
+from millpond.server.auth import ANONYMOUS
+from millpond.server.context import (
+    HANGING_UP,
+    JSON_HEADER,
+    SHUTDOWN_HEADER,
+    AsgiScope,
+    Call,
+    CutOff,
+    Handler,
+    Header,
+    too_large,
+)
+from millpond.server.heads import Head
+from millpond.server.protocol import Protocol, lines_of
 from millpond.wire import headers
 
 if TYPE_CHECKING:
     from millpond.server.app import App
 
+HUNG_UP = getattr(select, "POLLRDHUP", 0)
+"""That the client sends nothing more; systems without it tell only of connections that broke off."""
 MAX_BODY = 65_536
 """Larger bodies are not collected here but read by their handlers, piece by piece."""
+MAX_SCOPES = 16
+"""Kinds of heads of which a connection remembers what handlers look at: a client has one for each route."""
+
+
+_OK = STATUS_LINE[200]
 
 
 class Signal:
@@ -61,13 +85,30 @@ class Exchange(Call):
         "keep_alive",
         "response_complete",
         "response_started",
+        "task",
         "waiting_for_100_continue",
     )
 
-    def __init__(self, connection: FastProtocol, app: App, scope: AsgiScope, *, keep_alive: bool) -> None:
-        super().__init__(app.context, scope, _no_receive, _no_send)
+    def __init__(
+        self, connection: FastProtocol, app: App, scope: AsgiScope, *, keep_alive: bool, body: bytes = b""
+    ) -> None:
+        # As the base class does it, written out: this is paid for each request.
+        self.context = app.context
+        self.scope = scope
+        self.receive = _no_receive
+        self.send = _no_send
+        self.route = scope["path"]
+        self.identity = ANONYMOUS
+        self.style = "native"
+        self.started = False
+        self.status = 0
+        self._correlation = None
+        self._query = None
+        self._allowed = None
+        self._body_over = False
+        self.at_hand = self.packed = None
         self._connection = connection
-        self._body = b""
+        self._body = body
         self._chunked = False
         self._left = 0
         """Bytes that the answer still owes."""
@@ -77,6 +118,8 @@ class Exchange(Call):
         self.response_complete = False
         self.waiting_for_100_continue = False
         self._signal: Signal | None = None
+        self.task: Any = None
+        """Runs its handler."""
 
     @property
     def message_event(self) -> Signal:
@@ -115,7 +158,7 @@ class Exchange(Call):
 
     @property
     def vanished(self) -> bool:
-        return self.disconnected
+        return self.disconnected or self._connection.hung_up()
 
     # What is answered
 
@@ -126,12 +169,40 @@ class Exchange(Call):
         content_type: Header | None = JSON_HEADER,
         more: Iterable[Header] = (),
     ) -> None:
+        if status == 200 and content_type is not None and not more and self.answer_now(body, content_type):
+            return
         fields = [(headers.CORRELATION, self.correlation_id.encode()), *more]
         if status != 204:
             fields.append((b"content-length", b"%d" % len(body)))
         if content_type is not None:
             fields.append(content_type)
         await self.whole(body, status, fields)
+
+    def answer_now(self, body: bytes, content_type: Header) -> bool:
+        """As `answer`, where there is nothing to wait for and nothing unusual to say; whether that is so. Nearly all
+        answers go out here."""
+        connection = self._connection
+        if self._correlation is None and self.at_hand is not None:
+            # No head that is known names one.
+            self._correlation = self.context.pond.ids.message_id()
+        correlation_id = self._correlation or self.correlation_id
+        if (
+            not self.keep_alive
+            or self.context.draining
+            or connection.flow.write_paused
+            or not correlation_id.isprintable()
+        ):
+            return False
+        self.started = self.response_started = True
+        self.status = 200
+        if not self.disconnected:
+            defaults = lines_of(connection.server_state.default_headers)
+            connection.transport.write(
+                b"%b%bx-correlation-id: %b\r\ncontent-length: %d\r\n%b: %b\r\n\r\n%b"
+                % (_OK, defaults, correlation_id.encode(), len(body), *content_type, body)
+            )
+        self._finish()
+        return True
 
     async def whole(self, body: bytes, status: int, fields: list[Header]) -> None:
         data = self._head(status, fields) + body
@@ -175,13 +246,13 @@ class Exchange(Call):
             fields.append(SHUTDOWN_HEADER)
         self.started = self.response_started = True
         self.status = status
-        parts = [STATUS_LINE[status]]
-        parts += [b"%b: %b\r\n" % field for field in self._connection.server_state.default_headers]
+        defaults = self._connection.server_state.default_headers
+        parts = [STATUS_LINE[status], lines_of(defaults)]
         parts += [b"%b: %b\r\n" % field for field in fields]
         parts.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
         head = b"".join(parts)
         # Nothing that an answer is made of may end its line: no name of a type, no id, no etag.
-        lines = len(parts) if self.keep_alive else len(parts) + 1
+        lines = len(fields) + len(defaults) + (2 if self.keep_alive else 3)
         if head.count(b"\n") != lines or head.count(b"\r") != lines:
             self.started = self.response_started = False
             raise RuntimeError("a header of the answer has a line break in it")
@@ -201,6 +272,22 @@ class Exchange(Call):
         if not self.keep_alive:
             self._connection.transport.close()
         self._connection.on_response_complete()
+
+    # For who answers it without its handler
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have a task of the server do something for it."""
+        self._connection.begin(work)
+
+    def begin_usual(self, handler: Handler) -> None:
+        """Have its handler answer it after all."""
+        self._connection.begin_usual(self, handler)
+
+    def over(self) -> None:
+        """Nobody does anything more for it: if it has no answer it gets none."""
+        if not self.response_complete:
+            self.response_complete = True
+            self._connection.transport.close()
 
 
 # Not methods: a request that holds methods of its own goes in a circle, and is left to the collector of garbage.
@@ -224,14 +311,77 @@ class FastProtocol(Protocol):
         self._exchange: Exchange | None = None
         """The request that is coming in, where it is one for here."""
         self._handler: Handler | None = None
+        self._running: RequestResponseCycle | Exchange | None = None
+        """The request that is being answered; `cycle` is the last that came, which may wait for its turn."""
+        self._heads = application.heads
+        self._known = application.heads.known
+        self._raw = b""
+        """Up to the first empty line of what came at the beginning of a request."""
+        self._scopes: dict[Head, AsgiScope] = {}
+        """What handlers look at, by heads that came on this connection."""
+
+    def run_known(self, head: Head, body: bytes) -> None:
+        """A request whose head was read before, with its body; the connection is free."""
+        scope = self._scopes.get(head)
+        if scope is None:
+            scope = self.scope_of_request()
+            scope.update(path=head.path, method="POST", query_string=b"", headers=head.fields)
+            if len(self._scopes) >= MAX_SCOPES:
+                self._scopes.clear()
+            self._scopes[head] = scope
+        exchange = Exchange(self, self._application, scope, keep_alive=head.keep_alive, body=body)
+        exchange.at_hand, exchange.packed = body, head.packed
+        self._running = exchange
+        self.cycle = exchange  # type: ignore[assignment]
+        if not self._application.together.take(exchange, head, body):
+            self.begin_usual(exchange, head.handler)
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """A task that the server knows of, so that it ends when that does."""
+        task = self.loop.create_task(_quietly(work))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def begin_usual(self, exchange: Exchange, handler: Handler) -> None:
+        """Have a request answered by its handler."""
+        task = exchange.task = self.loop.create_task(self._run(exchange, handler))
+        self.tasks.add(task)
 
     def eof_received(self) -> None:
         """The client hung up. What was written it still reads; from here on nothing is, though uvicorn learns of it
         only with the next turn of the loop."""
-        cycle: RequestResponseCycle | Exchange | None = self.cycle
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
+        self.tell_gone()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.tell_gone()
+        super().connection_lost(exc)
+
+    def tell_gone(self) -> bool:
+        """Let what is being answered, and what waits behind it, know that there is nobody to answer. Whether one of
+        them had begun its answer."""
+        begun = False
+        cycle: RequestResponseCycle | Exchange | None
+        for cycle in (self._running, self.cycle):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+                begun |= cycle.response_started
+        return begun
+
+    def hung_up(self) -> bool:
+        """The client is known to have gone. While nothing is read, because a further request waits for its turn, the
+        end of what it sends lies behind that in the socket; there the system is asked."""
+        if self.transport.is_closing():
+            return True
+        if not self.flow.read_paused:
+            return False
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), HUNG_UP)
+        return bool(poll.poll(0))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         self.url = b""
@@ -240,6 +390,7 @@ class FastProtocol(Protocol):
         self._exchange = None
 
     def on_headers_complete(self) -> None:
+        raw, self._raw = self._raw, b""  # of this head, if at all: whatever is read next begins elsewhere
         found = self._quick.get(self.url)
         if found is None or not self._plain():
             self._begin_scope()
@@ -248,8 +399,13 @@ class FastProtocol(Protocol):
         path, self._handler = found
         scope = self.scope_of_request()
         scope.update(path=path, method="POST", query_string=b"")
-        exchange = Exchange(self, self._application, scope, keep_alive=self.parser.should_keep_alive())
+        keep_alive = self.parser.should_keep_alive()
+        exchange = Exchange(self, self._application, scope, keep_alive=keep_alive)
         self._exchange = exchange
+        if raw:
+            [length, *_] = [int(value) for name, value in self.headers if name == b"content-length"]
+            if length <= exchange.context.config.max_body_bytes:
+                self._heads.keep(raw, Head(path, found[1], self.headers, keep_alive, length))
         self.cycle = exchange  # type: ignore[assignment]
 
     def _plain(self) -> bool:
@@ -282,6 +438,7 @@ class FastProtocol(Protocol):
             "server": self.server,
             "root_path": self.root_path,
             "state": self.app_state.copy(),
+            HANGING_UP: self.hung_up,
         }
         self.scope = scope
 
@@ -297,7 +454,8 @@ class FastProtocol(Protocol):
             super().on_message_complete()
             return
         self._exchange = None
-        self.tasks.add(self.loop.create_task(self._run(exchange, handler)))
+        self._running = exchange
+        self.begin_usual(exchange, handler)
 
     async def _run(self, exchange: Exchange, handler: Handler) -> None:
         try:
@@ -305,9 +463,11 @@ class FastProtocol(Protocol):
         except CutOff:
             pass  # the client sees by the connection that its answer is not whole
         finally:
-            task = asyncio.current_task()
-            if task is not None:
-                self.tasks.discard(task)
-            if not exchange.response_complete:
-                exchange.response_complete = True
-                self.transport.close()
+            task, exchange.task = exchange.task, None
+            self.tasks.discard(task)
+            exchange.over()
+
+
+async def _quietly(work: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(CutOff):  # the client sees by the connection that its answer is not whole
+        await work

@@ -51,6 +51,22 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "millpond_producers_held_back", "gauge", (), "1 while the store has too much to do and producers are slowed."
     ),
+    Family(
+        "millpond_load_ratio",
+        "gauge",
+        ("sign",),
+        "By backlog (operations that wait for a commit), lateness of the event loop, and stall (no commit): the part "
+        "of that at which producers are slowed.",
+    ),
+    Family("millpond_producers_waiting", "gauge", (), "Producers that are being slowed now."),
+    Family("millpond_producers_slowed_total", "counter", (), "Producers that had to wait for the load to go."),
+    Family("millpond_producers_slowed_seconds_total", "counter", (), "For how long they waited, together."),
+    Family(
+        "millpond_producers_refused_total",
+        "counter",
+        ("reason",),
+        "Producers that were answered 429: they had waited in vain, or too many were waiting (crowded).",
+    ),
     Family("millpond_consumers_waiting", "gauge", (), "Consumers that wait for messages."),
     Family(
         "millpond_http_requests_total",

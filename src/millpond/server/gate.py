@@ -66,31 +66,77 @@ class LoadGate:
         self._waiting: dict[asyncio.Future[bool], None] = {}
         self.closed = False
         """Producers are kept waiting."""
-        self.refused = 0
-        """Producers that were sent away."""
+        self._eases = False
+        """It is closed still, but the last look found no reason to close it."""
+        self.slowed = 0
+        """Producers that had to wait."""
+        self.slowed_seconds = 0.0
+        """For how long, together."""
+        self.refusals = {"waited": 0, "crowded": 0}
+        """Producers that were sent away: after a wait, or because too many waited already."""
+        self.late = 0.0
+        """Seconds by which the event loop was late at the last look."""
 
-    async def admit(self, kind: Kind) -> None:
-        """Return when a request may go on. Raises Throttled."""
+    @property
+    def refused(self) -> int:
+        """Producers that were sent away."""
+        return sum(self.refusals.values())
+
+    @property
+    def waiting(self) -> int:
+        """Producers that wait now."""
+        return len(self._waiting)
+
+    @property
+    def state(self) -> str:
+        """As lockd calls it: ``disengaged``, ``engaged``, or ``recovery`` while it is closed and the load has gone."""
+        if not self.closed:
+            return "disengaged"
+        return "recovery" if self._eases else "engaged"
+
+    def load(self) -> dict[str, float]:
+        """The signs of load, each as a part of that at which the gate closes: 1 and more closes it."""
+        load = self._load()
+        # Looks are made only while producers come; without any there is nothing that could stall or be late.
+        busy = self._timer is not None
+        stalled = self._clock.monotonic() - self._done_at if busy and load.waiting else 0.0
+        return {
+            "backlog": load.waiting / HIGH,
+            "lateness": max(0.0, self.late) / LATE if busy else 0.0,
+            "stall": stalled / STALLED,
+        }
+
+    def lets_in(self, kind: Kind) -> bool:
+        """`admit` would return at once."""
         if kind != "producer":
-            return
+            return True
         self._came = True
         if self._timer is None:
             self._start()
-        if self.closed and not await self._wait():
-            self.refused += 1
+        return not self.closed
+
+    async def admit(self, kind: Kind) -> None:
+        """Return when a request may go on. Raises Throttled."""
+        if not self.lets_in(kind) and not await self._wait():
             raise Throttled("the server has more to write than its store can take; send it again a little later")
 
     async def _wait(self) -> bool:
         if len(self._waiting) >= MAX_WAITING:
+            self.refusals["crowded"] += 1
             return False
+        self.slowed += 1
+        began = self._clock.monotonic()
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting[future] = None
         timer = self._clock.call_later(PATIENCE, lambda: _tell(future, False))
         try:
-            return await future
+            admitted = await future
         finally:
             timer.cancel()
             self._waiting.pop(future, None)
+            self.slowed_seconds += self._clock.monotonic() - began
+        self.refusals["waited"] += not admitted
+        return admitted
 
     def _start(self) -> None:
         self._due = self._clock.monotonic() + TICK
@@ -99,7 +145,7 @@ class LoadGate:
     def _tick(self) -> None:
         now = self._clock.monotonic()
         self._timer = None
-        late = now - self._due
+        self.late = late = now - self._due
         load = self._load()
         if load.done != self._done or not load.waiting:
             self._done, self._done_at = load.done, now
@@ -112,12 +158,14 @@ class LoadGate:
             self._turn(False, load, late)
             for future in self._waiting:
                 _tell(future, True)
+        else:
+            self._eases = load.waiting <= HIGH and late <= LATE and not stalled
         if self.closed or self._came:
             self._came = False
             self._start()
 
     def _turn(self, closed: bool, load: Load, late: float) -> None:
-        self.closed = closed
+        self.closed, self._eases = closed, False
         extra = {"waiting_ops": load.waiting, "late_ms": round(late * 1000)}
         if closed:
             log.warning("millpond.server.gate_closed", extra=extra)

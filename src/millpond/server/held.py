@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from millpond.model import names
 from millpond.server.recent import Recent
 from millpond.service.consuming import Delivery
 
@@ -63,6 +64,10 @@ class Held:
             # Streams remember who has what; of the message itself they need nothing.
             delivery.record = delivery.given = None
 
+    def knows(self, delivery: Delivery) -> bool:
+        """It is remembered: nobody has answered it by way of this process."""
+        return self._held.get(delivery.id) is delivery
+
     def get(self, namespace: str, queue: str, id: str, lease_id: str, token: int) -> Delivery:
         """The delivery that an answer is for, as remembered, or made from its names (all normalised)."""
         delivery = self._held.get(id)
@@ -75,6 +80,19 @@ class Held:
         ):
             return delivery
         return Delivery(namespace, queue, id, lease_id, token)
+
+    def meant(self, namespace: str, queue: str, id: str, lease_id: str, token: int) -> Delivery:
+        """As `get`, with the id as a client wrote it. Raises InvalidMessageId."""
+        delivery = self._held.get(id)  # ids by which one is remembered are as they are to be
+        if (
+            delivery is not None
+            and delivery.lease_id == lease_id
+            and delivery.token == token
+            and delivery.queue == queue
+            and delivery.namespace == namespace
+        ):
+            return delivery
+        return self.get(namespace, queue, names.message_id(id), lease_id, token)
 
     def drop(self, delivery: Delivery) -> None:
         """Forget a message that was answered, or is somebody else's by now; whoever streamed it is told. What is known

@@ -11,12 +11,24 @@ Kind = Literal["producer", "consumer", "answer", "other"]
 class Gate(Protocol):
     """Lets requests in."""
 
+    @property
+    def state(self) -> str:
+        """How loaded the server is, as lockd calls it: ``disengaged``, ``soft_arm``, ``engaged`` or ``recovery``."""
+
+    def lets_in(self, kind: Kind) -> bool:
+        """`admit` would return at once. To be called once for a request, in its place or before it."""
+
     async def admit(self, kind: Kind) -> None:
         """Return when a request may go on, perhaps a little later. Raises Throttled, or a Refusal with Retry-After."""
 
 
 class OpenGate:
     """Lets everybody in at once."""
+
+    state = "disengaged"
+
+    def lets_in(self, kind: Kind) -> bool:
+        return True
 
     async def admit(self, kind: Kind) -> None:
         return None

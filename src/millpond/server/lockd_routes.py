@@ -31,7 +31,8 @@ _ack = lockd.Reader(lockd.Ack)
 _nack = lockd.Reader(lockd.Nack)
 _extend = lockd.Reader(lockd.Extend)
 _stats = lockd.Reader(lockd.Named, empty=True)
-_meta = msgspec.json.Decoder(lockd.EnqueueMeta)
+_meta = msgspec.json.Decoder(lockd.EnqueueMeta).decode
+_packed_meta = msgspec.msgpack.Decoder(lockd.EnqueueMeta).decode
 
 
 def hot() -> Mapping[str, Handler]:
@@ -59,6 +60,7 @@ class Upload:
 
     def __init__(self, call: Call, boundary: bytes, max_meta: int, begin: bytes) -> None:
         """``begin``: what was read of the body."""
+        self._call = call
         self._begin = begin
         self._chunks = call.chunks()
         self._parser = Parser(boundary)
@@ -83,9 +85,9 @@ class Upload:
                 raise Refusal(400, "multipart_error", str(error)) from error
         return self._events.popleft()
 
-    async def meta(self) -> bytes | None:
+    async def meta(self) -> tuple[Begin, bytes] | None:
         """The meta part, if there is one before the payload. Raises Refusal, Disconnected."""
-        meta: bytes | None = None
+        meta: tuple[Begin, bytes] | None = None
         while True:
             event = await self._next()
             if isinstance(event, Close):
@@ -94,7 +96,7 @@ class Upload:
             if isinstance(event, Begin):
                 if event.name != "meta":
                     return meta
-                meta = await self._collect()
+                meta = event, await self._collect()
 
     async def _collect(self) -> bytes:
         parts: list[bytes] = []
@@ -107,12 +109,12 @@ class Upload:
         return b"".join(parts)
 
     async def payload(self) -> AsyncIterator[bytes]:
-        """The payload as it comes; what follows its part is left unread. Raises Refusal, Disconnected."""
-        if self._over:
-            return
-        while isinstance(event := await self._next(), Data):
+        """The payload as it comes; what follows its part is left unread. Raises Refusal, Disconnected, Unauthorized."""
+        while not self._over and isinstance(event := await self._next(), Data):
             self.size += len(event.data)
             yield event.data
+        # It may have taken hours. Nothing is stored yet.
+        self._call.check_rights()
 
 
 async def enqueue(call: Call) -> None:
@@ -130,21 +132,21 @@ async def enqueue(call: Call) -> None:
     pair = multipart.pair(begin, boundary) if call.complete else None
     upload: Upload | None = None
     payload: Any
-    raw: bytes | None
+    part: tuple[Begin, bytes] | None
     if pair is not None and pair[0].name == "meta" != pair[2].name and len(pair[1]) <= max_meta:
-        raw, payload = pair[1], pair[3]
+        part, payload = pair[:2], pair[3]
     else:
         upload = Upload(call, boundary, max_meta, begin)
-        raw = await upload.meta()
+        part = await upload.meta()
         payload = upload.payload()
     try:
-        meta = lockd.EnqueueMeta() if raw is None else _meta.decode(raw)
+        meta = lockd.EnqueueMeta() if part is None else _read_meta(*part)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refusal(400, "invalid_body", f"the meta part: {error}") from error
     key = place(call, meta.namespace.strip(), meta.queue.strip() or call.query.get("queue", ""))
     call.authorise("write", *key)
     await context.quota.admit(*key)
-    given = headers.correlation_id(meta.correlation_id) or headers.correlation_id(call.header(headers.CORRELATION))
+    given = meta.correlation_id or headers.correlation_id(call.header(headers.CORRELATION))
     options = _options(meta, given)
     service = context.pond.service
     receipt = await service.enqueue(*key, payload, options)
@@ -160,10 +162,10 @@ async def enqueue(call: Call) -> None:
         record = await service.load(*key, receipt.message_id)
         if record is not None:
             head, status = record.head, record.status
-            given = headers.correlation_id(head.correlation_id)
+            given = head.correlation_id
             max_attempts, visibility, visible_at = head.max_attempts, head.visibility, status.visible_at
             attempts, failures, size = status.attempts, status.failures, head.payload_size
-    call.correlation_id = given or receipt.message_id
+    call.correlation_id = headers.correlation_id(given) or receipt.message_id  # what can stand in a header
     await call.answer(
         lockd.encode(
             lockd.Enqueued(
@@ -182,6 +184,12 @@ async def enqueue(call: Call) -> None:
         )
         + b"\n"
     )
+
+
+def _read_meta(part: Begin, data: bytes) -> lockd.EnqueueMeta:
+    """A meta part: JSON, or MessagePack where its Content-Type says so, for attributes that JSON has no form for."""
+    kind = part.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return _packed_meta(data) if kind == headers.MSGPACK else _meta(data)
 
 
 def _options(meta: lockd.EnqueueMeta, correlation_id: str | None) -> EnqueueOptions:

@@ -22,7 +22,7 @@ from millpond.server.context import Call, Context
 from millpond.server.receiving import Wish
 from millpond.service.config import DEFAULT_OPTIONS
 from millpond.service.consuming import Delivery, HandOff
-from millpond.service.states import WHATEVER
+from millpond.service.states import WHATEVER, Write
 from millpond.stores.base import Box
 from millpond.wire import native
 from millpond.wire.faults import Refusal
@@ -40,10 +40,8 @@ def _queue(call: Call, request: native.Request) -> Queue:
 
 def _held(context: Context, request: native.Request, handles: Sequence[native.Handle]) -> list[Delivery]:
     namespace, queue = names.queue_key(request.namespace, request.queue)
-    held = context.held
-    return [
-        held.get(namespace, queue, names.message_id(one.message_id), one.lease_id, one.fencing_token) for one in handles
-    ]
+    meant = context.held.meant
+    return [meant(namespace, queue, one.message_id, one.lease_id, one.fencing_token) for one in handles]
 
 
 def _answered(context: Context, deliveries: Sequence[Delivery], errors: Sequence[MillpondError | None]) -> None:
@@ -54,12 +52,13 @@ def _answered(context: Context, deliveries: Sequence[Delivery], errors: Sequence
             held.drop(delivery)
 
 
-def _results(
+def results(
     context: Context,
     handles: Sequence[native.Handle],
     deliveries: Sequence[Delivery],
     errors: Sequence[MillpondError | None],
 ) -> native.Results:
+    """What became of each; those that went through are forgotten."""
     _answered(context, deliveries, errors)
     return native.Results(views.results([one.message_id for one in handles], errors))
 
@@ -117,7 +116,7 @@ async def ack_batch(call: Call, request: native.AckBatchRequest) -> native.Resul
     await call.context.gate.admit("answer")
     deliveries = _held(call.context, request, request.messages)
     errors = await call.context.pond.service.ack_many(deliveries)
-    return _results(call.context, request.messages, deliveries, errors)
+    return results(call.context, request.messages, deliveries, errors)
 
 
 async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Results:
@@ -132,7 +131,7 @@ async def nack_batch(call: Call, request: native.NackBatchRequest) -> native.Res
         raise InvalidInput('an error is kept of a failure only; leave it out with intent "defer"')
     else:
         errors = await service.defer_many(deliveries, delay=delay)
-    return _results(call.context, request.messages, deliveries, errors)
+    return results(call.context, request.messages, deliveries, errors)
 
 
 async def extend_batch(call: Call, request: native.ExtendBatchRequest) -> native.Results:
@@ -207,15 +206,20 @@ async def state_save(call: Call, request: native.StateSaveRequest) -> native.Sta
     """Replace a message's workflow state, under its lease."""
     [delivery] = _held(call.context, request, [request.message])
     etag = WHATEVER if request.etag is UNSET else request.etag
-    return native.StateSaved(await call.context.pond.service.save_state(delivery, request.value, etag=etag))
+    service = call.context.pond.service
+    return native.StateSaved(await service.save_state(delivery, request.value, etag=etag, write=_write(request)))
 
 
 async def state_delete(call: Call, request: native.StateDeleteRequest) -> native.Done:
     """Forget a message's workflow state, under its lease."""
     [delivery] = _held(call.context, request, [request.message])
     etag = WHATEVER if request.etag is UNSET else request.etag
-    await call.context.pond.service.delete_state(delivery, etag=etag)
+    await call.context.pond.service.delete_state(delivery, etag=etag, write=_write(request))
     return native.Done()
+
+
+def _write(request: native.StateSaveRequest | native.StateDeleteRequest) -> Write | None:
+    return Write(request.writer, request.number) if request.writer else None
 
 
 # Looking

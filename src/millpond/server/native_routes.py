@@ -18,7 +18,7 @@ from millpond.model import names
 from millpond.server import native_operations as operations
 from millpond.server import views
 from millpond.server.auth import Scope
-from millpond.server.context import JSON_HEADER, Call, Disconnected, Handler, Header
+from millpond.server.context import JSON_HEADER, MSGPACK_HEADER, Call, Disconnected, Handler
 from millpond.server.receiving import give_back
 from millpond.server.streams import stream
 from millpond.wire import headers, native
@@ -26,7 +26,6 @@ from millpond.wire.faults import Refusal
 
 _JSON = headers.JSON.encode()
 _MSGPACK = headers.MSGPACK.encode()
-MSGPACK_HEADER: Header = (b"content-type", _MSGPACK)
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are not the body that they should be; the last for nesting without end."""
@@ -170,14 +169,19 @@ def _handler(route: Route) -> Handler:
     from_msgpack = msgspec.msgpack.Decoder(route.request)
     operation, scope, optional, kind, also = route.operation, route.scope, route.optional, route.kind, route.also
     named = issubclass(route.request, native.Request)
+    # These hand the names on as they are, to whom no name is the default one; where that is the server's own default
+    # as well, nothing has to be put in its place, which is paid for each message.
+    handing_on = operation in {operations.enqueue_batch, operations.receive, operations.ack_batch}
     # A message that its consumer holds is his to read; so it is for who may look at the queue.
     other: Scope | None = "consume" if kind == "payload" else None
 
     async def handle(call: Call) -> None:
-        if call.method != "POST":
-            raise Refusal(405, "method_not_allowed", "this route takes POST")
-        body = await _body(call)
-        packed = _form(call, body)
+        body, packed = call.at_hand, call.packed
+        if body is None or packed is None:
+            if call.method != "POST":
+                raise Refusal(405, "method_not_allowed", "this route takes POST")
+            body = await _body(call)
+            packed = _form(call, body)
         if not body and optional:
             request: Any = route.request()
         else:
@@ -187,8 +191,10 @@ def _handler(route: Route) -> Handler:
                 raise Refusal(400, "invalid_body", _why(error)) from error
         if named:
             # What nobody named is the server's own default, for the caller's rights as for the operation.
-            namespace, queue = names.queue_key(request.namespace or call.context.config.namespace, request.queue)
-            if request.namespace != namespace:
+            default = call.context.config.namespace
+            namespace, queue = names.queue_key(request.namespace or default, request.queue)
+            light = handing_on and default == names.DEFAULT_NAMESPACE
+            if request.namespace != namespace and not (light and request.namespace is None):
                 request = msgspec.structs.replace(request, namespace=namespace)
             _authorise(call, scope, other, namespace, queue)
             for wanted, *place in also(request):

@@ -27,6 +27,7 @@ from millpond.server.audit import Audit
 from millpond.server.auth import Authority, Guard
 from millpond.server.config import ServerConfig, redact_url
 from millpond.server.context import Context
+from millpond.server.gate import LoadGate
 from millpond.server.metrics import ServerMetrics
 from millpond.server.observing import observe
 from millpond.server.reload import Reloader
@@ -100,7 +101,6 @@ class Service:
             "millpond_consumers_waiting": lambda: self.context.pond.dispatcher.waiting,
             "millpond_auth_refused_total": lambda: guard.refused,
             "millpond_auth_forbidden_total": lambda: guard.forbidden,
-            "millpond_producers_held_back": lambda: float(getattr(self.context.gate, "closed", False)),
             "millpond_draining": lambda: float(self.context.draining),
         }
         metrics.more |= {
@@ -109,21 +109,41 @@ class Service:
             },
             "millpond_reloads_total": lambda: {("done",): reloader.reloads, ("failed",): reloader.failures},
         }
+        gate = self.context.gate
+        if isinstance(gate, LoadGate):
+            metrics.gauges |= {
+                "millpond_producers_held_back": lambda: float(gate.closed),
+                "millpond_producers_waiting": lambda: gate.waiting,
+                "millpond_producers_slowed_total": lambda: gate.slowed,
+                "millpond_producers_slowed_seconds_total": lambda: gate.slowed_seconds,
+            }
+            metrics.more |= {
+                "millpond_load_ratio": lambda: {(sign,): load for sign, load in gate.load().items()},
+                "millpond_producers_refused_total": lambda: {
+                    (reason,): number for reason, number in gate.refusals.items()
+                },
+            }
 
     # Reloading
 
     def _load_certificates(self) -> None:
         assert self._tls is not None
-        self._tls.current = tls.context(self.config)
+        before, now = self._tls.current, tls.context(self.config)
+        self._tls.current = now
         if self.config.client_auth != "none":
             # Whoever was let in by a CA that may be gone now is to show his certificate again.
+            gone = tls.no_longer_trusted(before, now)
+            if gone is not None:
+                self.server.watch.withdraw(gone)
             self.server.end_gently()
+            self.context.rights_changed()
 
     def _load_tokens(self) -> None:
         assert self.config.auth_tokens is not None
         found = {token.id: token for token in tokens.load(self.config.auth_tokens)}
         before, self._tokens = self._tokens, found
         self.guard.replace(found.values())
+        self.context.rights_changed()
         changes = {
             "added": [f"{id} {token.name}" for id, token in found.items() if id not in before],
             "removed": [f"{id} {token.name}" for id, token in before.items() if id not in found],

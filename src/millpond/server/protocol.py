@@ -13,14 +13,23 @@ from urllib.parse import unquote
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+_latest: list[Any] = [None, b""]
+"""Default headers as a list, and as bytes."""
+
+
+def lines_of(defaults: list[tuple[bytes, bytes]]) -> bytes:
+    """The headers that all answers have, as bytes; they change once a second, and are another list then."""
+    if _latest[0] is not defaults:
+        _latest[:] = defaults, b"".join([b"%b: %b\r\n" % field for field in defaults])
+    joined: bytes = _latest[1]
+    return joined
+
 
 class Cycle(RequestResponseCycle):
     """One request and its answer."""
 
     _head: bytes | None = None
     """Of the answer, until there is something to send it with."""
-    _defaults: tuple[Any, bytes] = (None, b"")
-    """The headers that all answers have, as a list (by identity) and as bytes."""
 
     async def send(self, message: Any) -> None:
         """Take a part of the answer, as ASGI has it."""
@@ -70,11 +79,7 @@ class Cycle(RequestResponseCycle):
         self.response_started = True
         self.waiting_for_100_continue = False
         status: int = message["status"]
-        defaults = Cycle._defaults
-        if defaults[0] is not self.default_headers:
-            joined = b"".join([b"%b: %b\r\n" % field for field in self.default_headers])
-            defaults = Cycle._defaults = (self.default_headers, joined)
-        parts = [STATUS_LINE[status], defaults[1]]
+        parts = [STATUS_LINE[status], lines_of(self.default_headers)]
         closes = False
         for field in message["headers"]:
             name, value = field
@@ -136,5 +141,5 @@ class Protocol(HttpToolsProtocol):
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:
-            self.flow.pause_reading()
+            # Reading goes on for a while: else the end of the connection would lie unseen behind what comes.
             self.pipeline.appendleft((self.cycle, self.app))

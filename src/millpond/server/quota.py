@@ -6,6 +6,8 @@ The store is asked only when somebody names a queue that this process has not me
 
 from __future__ import annotations
 
+import asyncio
+
 from millpond.pond import Pond
 from millpond.wire.faults import Refusal
 
@@ -26,27 +28,29 @@ class Quota:
         self._known: dict[str, set[str]] = {}
         self._looked: dict[str, float] = {}
         self._size = 0
+        self._looking = asyncio.Lock()
+        self._admitted: dict[str, dict[str, float]] = {}
+        """When queues were let in lately, which their messages may not have reached yet."""
         self.refused = 0
+
+    def knows(self, namespace: str, queue: str) -> bool:
+        """`admit` would return at once."""
+        if not self._most:
+            return True
+        known = self._known.get(namespace)
+        return known is not None and queue in known
 
     async def admit(self, namespace: str, queue: str) -> None:
         """Return when something may be put into the queue; names are normalised. Raises Refusal ``too_many_queues``.
 
         Two processes that add the last queue at once may both do so: the limit is there against thousands."""
-        known = self._known.get(namespace)
-        if not self._most or (known is not None and queue in known):
+        if self.knows(namespace, queue):
             return
-        now = self._pond.clock.monotonic()
-        if known is None or (len(known) >= self._most and now - self._looked[namespace] >= PATIENCE):
-            # Queues go, too: when their last message does.
-            known = {name.queue for name in await self._pond.queues() if name.namespace == namespace}
-            if self._size > FORGET:
-                self._known.clear()
-                self._looked.clear()
-                self._size = 0
-            self._known[namespace], self._looked[namespace] = known, now
-            self._size += len(known)
-            if queue in known:
-                return
+        async with self._looking:
+            # One after the other: of those that come at once, each is to count the ones before.
+            known = await self._look(namespace)
+        if queue in known:
+            return
         if len(known) >= self._most:
             self.refused += 1
             raise Refusal(
@@ -56,4 +60,23 @@ class Quota:
                 "or have limit.queues raised",
             )
         known.add(queue)
+        self._admitted.setdefault(namespace, {})[queue] = self._pond.clock.monotonic()
         self._size += 1
+
+    async def _look(self, namespace: str) -> set[str]:
+        """The queues of a namespace: as known, unless it has been full for a while."""
+        known = self._known.get(namespace)
+        now = self._pond.clock.monotonic()
+        if known is not None and (len(known) < self._most or now - self._looked[namespace] < PATIENCE):
+            return known
+        # Queues go, too: when their last message does.
+        known = {name.queue for name in await self._pond.queues() if name.namespace == namespace}
+        known |= {queue for queue, at in self._admitted.pop(namespace, {}).items() if now - at < PATIENCE}
+        if self._size > FORGET:
+            self._known.clear()
+            self._looked.clear()
+            self._admitted.clear()
+            self._size = 0
+        self._known[namespace], self._looked[namespace] = known, now
+        self._size += len(known)
+        return known

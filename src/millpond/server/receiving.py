@@ -17,14 +17,20 @@ from zlib import crc32
 import msgspec
 
 from millpond.errors import MillpondError, StoreCorrupt
+from millpond.model.clock import TimerHandle
 from millpond.server.context import Call, Context, Disconnected
 from millpond.service.consuming import Delivery
 from millpond.service.payloads import check
+from millpond.wire import faults
+from millpond.wire.faults import Fault, Refusal
 
 T = TypeVar("T")
 
 UNREADABLE_DELAY = 1.0
 """Seconds until a message whose payload could not be read is tried again: what is passing may have passed."""
+
+LONGEST_TIMER = 86_400.0
+"""Seconds until a right without a near end is looked at again: a clock may be set meanwhile."""
 
 log = logging.getLogger("millpond.server")
 
@@ -42,11 +48,15 @@ class Wish(msgspec.Struct, frozen=True, gc=False):
 
 
 class Presence:
-    """Whether there still is somebody to answer, and a server to do it; ``async with``, once the body was read."""
+    """Whether there still is somebody to answer, who may have it, and a server to do it; ``async with``, once the body
+    was read."""
 
     def __init__(self, call: Call) -> None:
         self._call = call
         self._watch: asyncio.Task[None] | None = None
+        self._timer: TimerHandle | None = None
+        self.lost: MillpondError | Refusal | None = None
+        """Why the client may not go on: its token or certificate is not good any more, or allows less."""
 
     async def __aenter__(self) -> Presence:
         loop = asyncio.get_running_loop()
@@ -54,9 +64,39 @@ class Presence:
         self._watch = loop.create_task(self._call.gone())
         self._watch.add_done_callback(self._ended)
         self._forget = self._call.context.on_drain(lambda: self._ended(None))
+        self._forget_rights = self._call.context.on_rights(self._judge)
         if self._call.context.draining:
             self._ended(None)
+        # Whoever was let in a moment ago is judged again: his token may have ended while the body came.
+        self._judge()
         return self
+
+    def _judge(self) -> None:
+        """See whether the client may go on, now and when its token or certificate expires."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            self._call.check_rights()
+        except (MillpondError, Refusal) as error:
+            self.lost = error
+            log.info(
+                "millpond.auth.ended",
+                extra={
+                    "client": self._call.address,
+                    "identity": self._call.identity.name,
+                    "route": self._call.route,
+                    "correlation_id": self._call.correlation_id,
+                    "reason": str(error),
+                },
+            )
+            self._ended(None)
+            return
+        ends = self._call.rights_end
+        if ends is not None:
+            clock = self._call.context.pond.clock
+            left = max(0.001, (ends - clock.now_ms()) / 1000)
+            self._timer = clock.call_later(min(left, LONGEST_TIMER), self._judge)
 
     def _ended(self, _: object) -> None:
         if not self._over.done():
@@ -66,6 +106,9 @@ class Presence:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._forget()
+        self._forget_rights()
+        if self._timer is not None:
+            self._timer.cancel()
         assert self._watch is not None
         if self._watch.done():
             if not self._watch.cancelled():
@@ -81,13 +124,24 @@ class Presence:
 
     @property
     def over(self) -> bool:
-        """The client has gone away, or the server drains."""
+        """The client has gone away, or may not go on, or the server drains."""
         return self._over.done()
 
+    @property
+    def fault(self) -> Fault:
+        """Why the client may not go on, as it is told."""
+        if isinstance(self.lost, Refusal):
+            return self.lost.fault
+        assert self.lost is not None
+        return faults.native(self.lost)[1]
+
     def check(self) -> None:
-        """Raises Disconnected when the client is gone, Refusal ``shutdown_draining`` when the server drains."""
+        """Raises Disconnected when the client is gone, Unauthorized and the like when it may not go on, Refusal
+        ``shutdown_draining`` when the server drains."""
         if self.gone:
             raise Disconnected
+        if self.lost is not None:
+            raise self.lost
         self._call.context.refuse_while_draining()
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -195,8 +249,9 @@ async def receive(call: Call, wish: Wish, patience: float | None) -> list[Delive
             return deliveries
     async with Presence(call) as presence:
         deliveries = await presence.run(wait(context, wish, patience))
-        if presence.gone:
+        if presence.gone or presence.lost is not None or call.vanished:
             give_back(context, deliveries)
+            presence.check()
             raise Disconnected
         return deliveries
 

@@ -61,13 +61,18 @@ class Stream:
                 try:
                     while True:
                         await self._step(presence)
-                except Refusal as error:
-                    # The server drains: this one hands out nothing more, and takes answers still.
-                    ended = True
-                    await self._send(native.End("draining", error.fault.detail, error.fault.retry_after_seconds))
-                except MillpondError as error:
-                    ended = True
-                    await self._fail(error)
+                except (Refusal, MillpondError) as error:
+                    if presence.lost is not None:
+                        # It could not answer for what it holds: that goes back.
+                        fault = presence.fault
+                        await self._send(native.End(fault.error, fault.detail))
+                    elif isinstance(error, Refusal):
+                        # The server drains: this one hands out nothing more, and takes answers still.
+                        ended = True
+                        await self._send(native.End("draining", error.fault.detail, error.fault.retry_after_seconds))
+                    else:
+                        ended = True
+                        await self._fail(error)
                 await self._call.end()
         finally:
             left = self._outstanding.close()

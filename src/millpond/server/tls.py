@@ -12,7 +12,7 @@ import os
 import re
 import ssl
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from millpond.errors import InvalidInput
@@ -68,12 +68,33 @@ def context(config: ServerConfig) -> ssl.SSLContext:
     return made
 
 
+def no_longer_trusted(before: ssl.SSLContext, now: ssl.SSLContext) -> Callable[[Mapping[str, Any]], bool] | None:
+    """Whether a client's certificate, which ``before`` let in, may be one that ``now`` would not. None: no CA is gone.
+
+    Of a connection only the client's own certificate is known, not those between it and the CA. It is certain to be
+    good when the CA that issued it is still there; any other is taken for one that is not: its client connects again,
+    and shows by that whether it was."""
+    if set(before.get_ca_certs(binary_form=True)) <= set(now.get_ca_certs(binary_form=True)):
+        return None
+    kept = _names(now) - _names(before, without=now)
+    return lambda certificate: certificate.get("issuer") not in kept
+
+
+def _names(of: ssl.SSLContext, without: ssl.SSLContext | None = None) -> set[Any]:
+    """The subjects of a context's CAs, but for those that are the other's as well."""
+    same = set() if without is None else set(without.get_ca_certs(binary_form=True))
+    pairs = zip(of.get_ca_certs(), of.get_ca_certs(binary_form=True), strict=True)
+    return {shown.get("subject") for shown, der in pairs if der not in same}
+
+
 def _read(path: str) -> str:
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             text = file.read(LARGEST + 1)
     except OSError as error:
-        raise InvalidInput(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InvalidInput(
+            f"{path} cannot be read: {error.strerror or error}; name a PEM file that the server may read"
+        ) from error
     if len(text) > LARGEST:
         raise InvalidInput(f"{path} is larger than {LARGEST} bytes: it is no PEM file")
     return text

@@ -241,7 +241,8 @@ def load(path: str) -> list[Token]:
             data = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise InvalidInput(
-            f"tokens file {path} cannot be read: {error.strerror or error}; `millpond token create` makes one"
+            f"tokens file {path} cannot be read: {error.strerror or error}; `millpond token create` makes one, which "
+            "has to belong to the user that runs the server"
         ) from error
     if len(data) > LARGEST_FILE:
         raise InvalidInput(f"tokens file {path} is larger than {LARGEST_FILE} bytes; name the right file")

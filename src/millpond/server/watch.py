@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+from millpond.errors import MillpondError
 from millpond.server.context import Call
 from millpond.server.lockd_requests import place, read
 from millpond.server.receiving import Presence
 from millpond.server.watches import Key, Watched
-from millpond.wire import headers, lockd
+from millpond.wire import faults, headers, lockd
 from millpond.wire.faults import Refusal
 
 KEEPALIVE = 20.0
@@ -54,8 +55,11 @@ async def watch(call: Call) -> None:
                         await call.write(_event(call, key, watched, number))
                     if not await _news(call, presence, news):
                         await call.write(b": keepalive\n\n")
-            except Refusal:
-                if not context.draining:
+            except (Refusal, MillpondError):
+                if presence.lost is not None:
+                    # Clients pass over events that they do not know, come again, and are told by the status.
+                    await call.write(b"event: error\ndata: %b\n\n" % faults.encode(presence.fault))
+                elif not context.draining:
                     raise
             await call.end()
         finally:

@@ -226,10 +226,18 @@ Op = Insert | Update | Remove | Reseal | PutState | DropState | PutDocument
 
 
 class Inserted(msgspec.Struct, frozen=True, gc=False):
-    """The record is in; ``item`` now has its key."""
+    """The record is in."""
 
-    item: Item
+    asked: Item
+    """As the insert had it, or with its key."""
     mark: Mark
+    key: int = 0
+    """Its key, unless ``asked`` has it: of a thousand inserts few are ever asked for what `item` makes of that."""
+
+    @property
+    def item(self) -> Item:
+        """The record's item, with its key."""
+        return msgspec.structs.replace(self.asked, key=self.key) if self.key else self.asked
 
 
 class Updated(msgspec.Struct, frozen=True, gc=False):

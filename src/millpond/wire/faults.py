@@ -106,9 +106,12 @@ def exception(status: int, code: str, detail: str = "") -> MillpondError:
 
 _BY_STATUS: dict[int, type[MillpondError]] = {
     400: errors.InvalidInput,
+    401: errors.Unauthorized,
+    403: errors.Forbidden,
     404: errors.MessageNotFound,
     409: errors.LeaseLost,
     413: errors.TooLarge,
+    429: errors.Throttled,
     503: errors.StoreBusy,
 }
 

@@ -7,6 +7,8 @@ import re
 CORRELATION = b"x-correlation-id"
 SHUTDOWN = b"shutdown-imminent"
 RETRY_AFTER = b"retry-after"
+LOAD_STATE = b"x-lockd-qrf-state"
+"""Of a 429: how the server does, as lockd calls it."""
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"

@@ -547,6 +547,11 @@ class StateSaveRequest(Request, kw_only=True, frozen=True):
     message: Handle
     value: Any
     etag: str | UnsetType | None = UNSET
+    writer: Annotated[str, Meta(max_length=64)] = ""
+    """Who saves: a name of chance that the client made for itself. With it, and without ``etag``, a save that comes
+    after a later one of the same writer (it was held up on its way, and sent again meanwhile) changes nothing."""
+    number: Count = 0
+    """Which of the writer's saves and deletions it is."""
 
 
 class StateDeleteRequest(Request, kw_only=True, frozen=True):
@@ -554,6 +559,9 @@ class StateDeleteRequest(Request, kw_only=True, frozen=True):
 
     message: Handle
     etag: str | UnsetType = UNSET
+    writer: Annotated[str, Meta(max_length=64)] = ""
+    """As for a save."""
+    number: Count = 0
 
 
 class StateAnswer(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import msgspec
 import pytest
 
 from millpond import InvalidInput, OutcomeUnknown, Pond, Queue, StoreUnreachable
@@ -13,6 +15,7 @@ from millpond.client.lane import READ_AHEAD
 from millpond.client.pond import RemotePond
 from millpond.model.clock import ManualClock, SystemClock
 from millpond.server.run import running
+from millpond.service.config import EnqueueOptions
 from millpond.stores.memory import MemoryStore
 
 MIB = 1024 * 1024
@@ -149,11 +152,63 @@ async def test_a_payload_that_breaks_off() -> None:
         assert len(await message.read()) == 4 * MIB
 
 
-async def test_attributes_of_a_streamed_message_are_json() -> None:
-    async with behind_a_server() as (_, queue):
-        with pytest.raises(InvalidInput, match="must be JSON"):
-            await queue.enqueue(bytes(MIB), attributes={"a": b"bytes"})
-        await queue.enqueue(bytes(MIB), attributes={"a": [1, None, "ü", 1.5]}, max_attempts=0)
-        [message] = await queue.receive()
-        assert (message.attributes, message.max_attempts) == ({"a": [1, None, "ü", 1.5]}, 0)
-        assert message.content_type is None
+WISHES: dict[str, Any] = {
+    "delay": 1.5,
+    "ttl": 90.25,
+    "priority": 9,
+    "max_attempts": 0,
+    "visibility": 12.5,
+    "attributes": {"a": [1, None, "ü", 1.5, b"\x00\r\n--bytes", {"b": b""}]},
+    "dedup_key": "key",
+    "dedup_window": 7.0,
+    "ordering_key": "order",
+    "content_type": "text/plain; charset=utf-8",
+    "correlation_id": "wörk-17",
+    "message_id": "01977420-dc00-7562-9813-410373f1aaca",
+}
+
+
+@pytest.mark.parametrize("name", [*WISHES, "max_attempts=3", "plain attributes", "all"])
+async def test_a_streamed_message_takes_every_option_that_another_takes(name: str) -> None:
+    assert set(WISHES) == {field.name for field in msgspec.structs.fields(EnqueueOptions)}
+    wishes = WISHES if name == "all" else {name: WISHES.get(name)}
+    wishes = {"max_attempts=3": {"max_attempts": 3}, "plain attributes": {"attributes": {"a": 1}}}.get(name, wishes)
+    clock = ManualClock()
+    async with (
+        Pond(MemoryStore(clock=clock), clock=clock) as local,
+        running(local) as url,
+        RemotePond(url, clock=clock) as remote,
+    ):
+        remote.transport.io_clock = SystemClock()
+        heads = []
+        for pond, queue in ((local, "one"), (remote, "two")):
+            await pond.queue(queue).enqueue(bytes(MIB), **wishes)
+            [view] = await local.queue(queue).browse()
+            own = {} if "message_id" in wishes else {"id": ""}
+            heads.append((msgspec.structs.replace(view.record.head, queue="", **own), view.record.status.expires_at))
+        assert heads[0] == heads[1]
+        if name not in {"dedup_window", "content_type"}:
+            return
+        again = await remote.queue("two").enqueue(bytes(MIB), **wishes, dedup_key="k")
+        assert (await remote.queue("two").enqueue(bytes(MIB), **wishes, dedup_key="k")).message_id == again.message_id
+
+
+async def test_what_has_no_form_at_all_is_refused_before_it_is_sent() -> None:
+    async with behind_a_server() as (remote, queue):
+        before = remote.transport.requests
+        with pytest.raises(InvalidInput):
+            await queue.enqueue(bytes(MIB), attributes={"a": object()})
+        assert remote.transport.requests == before
+
+
+async def test_a_payload_without_bytes_leaves_its_connection_to_one_call_only() -> None:
+    """It was put back twice, so that two calls had it at once, and each other's answers."""
+    async with behind_a_server() as (remote, queue):
+        await queue.enqueue(b"")
+        [view] = await queue.peek()
+        assert await view.payload() == b""
+        lane = remote.transport.endpoints[0].lane
+        assert lane is not None
+        assert len(lane._idle) == len(set(lane._idle)) == 1
+        counts, receipt = await asyncio.gather(queue.counts(), queue.enqueue(b"x"))
+        assert (counts.bytes <= 1, receipt.duplicate) == (True, False)

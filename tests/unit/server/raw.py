@@ -39,12 +39,12 @@ class Connection:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
         try:
             await asyncio.get_running_loop().sock_connect(sock, (self._host, self._port))
-        except OSError:
+            self.reader, self.writer = await asyncio.open_connection(
+                sock=sock, ssl=self._tls, server_hostname=self._host if self._tls else None
+            )
+        except BaseException:  # cancelled, too
             sock.close()
             raise
-        self.reader, self.writer = await asyncio.open_connection(
-            sock=sock, ssl=self._tls, server_hostname=self._host if self._tls else None
-        )
         return self
 
     async def __aexit__(

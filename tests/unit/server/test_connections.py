@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.unit.server.raw import Connection, request
 
 from millpond import testing
 from millpond.server.config import ServerConfig
-from millpond.server.connections import LINGERING, Watch
+from millpond.server.connections import BUSY, LINGERING, MOST_PIPELINED, Watch
 from millpond.server.context import Call, Context
 from millpond.server.run import Server
 
@@ -323,3 +324,138 @@ async def test_a_refused_client_that_goes_on_sending_is_cut_off() -> None:
         connection.write(b"x" * 1000)
         await made.pass_time(LINGERING * 1.6)
         await made.until(lambda: not made.watch.connections)
+
+
+# Requests sent before the last answer
+
+
+async def stuck_with_one_behind(made: Rig, connection: Connection) -> None:
+    """A request that is being answered, and another that waits for its turn."""
+    await connection.send("POST", "/stuck")
+    await made.entered.wait()
+    await connection.send("POST", "/echo")
+    [one] = made.watch.connections
+    await made.until(lambda: one.pipeline and one._stage == BUSY)
+
+
+async def full(made: Rig, connection: Connection) -> None:
+    """So much behind a request that is being answered that nothing more is read."""
+    connection.write(b"POST /echo HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + bytes(70_000))
+    [one] = made.watch.connections
+    await made.until(lambda: one.flow.read_paused)
+
+
+filled = pytest.mark.parametrize("filled", [False, True], ids=["read on", "full"])
+
+
+@filled
+@pytest.mark.parametrize("how", ["abort", "close", "half"])
+async def test_a_client_that_goes_is_noticed_behind_a_request_that_waits_for_its_turn(how: str, filled: bool) -> None:
+    async with rig() as made, Connection(made.url) as connection:
+        await stuck_with_one_behind(made, connection)
+        if filled:
+            await full(made, connection)
+        if how == "abort":
+            connection.writer.transport.abort()
+        elif how == "half":
+            connection.writer.write_eof()
+        else:
+            connection.writer.close()
+        if filled:
+            [one] = made.watch.connections
+            await made.until(one.hung_up)
+            await made.pass_time(1)
+        await asyncio.wait_for(made.gone.wait(), 20)
+        await made.until(lambda: not made.watch.connections)
+
+
+async def test_what_lies_unread_hides_nothing() -> None:
+    async with rig() as made, Connection(made.url) as connection:
+        await stuck_with_one_behind(made, connection)
+        await full(made, connection)
+        connection.write(bytes(20_000))
+        await connection.writer.drain()
+        await made.pass_time(1)
+        assert not made.gone.is_set()
+        connection.writer.transport.abort()
+        [one] = made.watch.connections
+        await made.until(one.hung_up)
+        await made.pass_time(1)
+        await asyncio.wait_for(made.gone.wait(), 20)
+
+
+@filled
+async def test_a_client_that_waits_with_one_behind_is_not_taken_for_gone(filled: bool) -> None:
+    async with rig() as made, Connection(made.url) as connection:
+        await stuck_with_one_behind(made, connection)
+        if filled:
+            await full(made, connection)
+        for _ in range(5):
+            await made.pass_time(1)
+        assert not made.gone.is_set()
+        assert len(made.watch.connections) == 1
+
+
+@pytest.mark.parametrize("wish", [{"wait_ms": 60_000}, {"owner": "me", "wait_seconds": 60}], ids=["receive", "dequeue"])
+async def test_a_receive_whose_client_has_gone_takes_nothing_even_before_that_is_noticed(wish: dict[str, Any]) -> None:
+    async with rig() as made, Connection(made.url) as connection:
+        body = json.dumps({"queue": "q", **wish}).encode()
+        path = "/v1/queue/dequeue" if "owner" in wish else "/v1/queue/receive"
+        await connection.send("POST", path, body, {"Content-Type": "application/json"})
+        await made.until(lambda: made.pond.dispatcher.waiting)
+        await full(made, connection)
+        [one] = made.watch.connections
+        connection.writer.close()
+        await made.until(one.hung_up)
+        await made.pond.queue("q").enqueue(b"x")
+        await made.until(lambda: not one.tasks)
+        await made.server.context.settle()
+        counts = await made.pond.queue("q").counts()
+        assert (counts.ready, counts.leased) == (1, 0)
+        [message] = await made.pond.queue("q").receive()
+        assert (message.attempts, message.failures) == (2, 0)
+
+
+async def test_the_system_asks_whether_a_silent_client_is_there_still() -> None:
+    """One whose machine was switched off says nothing of it; what was leased for it is to go back some time."""
+    async with rig() as made, Connection(made.url):
+        await made.until(lambda: made.watch.connections)
+        [one] = made.watch.connections
+        sock = one.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            told = [
+                sock.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            ]
+            assert told[0] + told[1] * told[2] <= 60
+
+
+async def test_requests_ahead_of_their_answers_are_bounded() -> None:
+    async with rig() as made, Connection(made.url) as connection:
+        one = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        connection.write(one * MOST_PIPELINED)
+        for _ in range(MOST_PIPELINED):
+            assert (await connection.answer()).body == b"0"
+        connection.write(one * 4000)
+        assert await refused(connection) == (400, "too_many_requests_ahead")
+        assert made.watch.refused == {"too_many_requests_ahead": 1}
+
+
+async def test_nothing_that_follows_a_refused_request_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    async with rig(max_headers=10) as made:
+        fields = b"".join(b"h%d: x\r\n" % number for number in range(20))
+        enqueue = json.dumps({"queue": "q", "messages": [{"payload": "eA=="}]}).encode()
+        head = b"POST /v1/queue/enqueueBatch HTTP/1.1\r\nContent-Type: application/json\r\n"
+        follows = head + b"Content-Length: %d\r\n\r\n" % len(enqueue) + enqueue
+        refusals = {
+            b"POST /echo HTTP/1.1\r\n" + fields + b"Content-Length: 2\r\n\r\nab": (431, "header_too_large"),
+            b"POST /echo HTTP/1.1\r\nContent-Length: 0\r\n\r\n" * 2 + b"nonsense\r\n\r\n": (400, "bad_request"),
+        }
+        for first, why in refusals.items():
+            async with Connection(made.url) as connection:
+                connection.write(first + follows)
+                assert await refused(connection) == why
+        await made.until(lambda: not made.server._state.tasks)
+        assert await made.pond.queues() == []
+    assert [record for record in caplog.records if record.exc_info] == []

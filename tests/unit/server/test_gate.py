@@ -165,3 +165,39 @@ async def test_sqlite_tells_what_waits_for_a_commit(tmp_path: Path) -> None:
     assert after.waiting == 0
     assert after.done > before.done
     await store.close()
+
+
+async def test_it_tells_what_it_sees_and_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MAX_WAITING", 1)
+    world = World()
+    assert (world.gate.state, world.gate.load()) == ("disengaged", {"backlog": 0, "lateness": 0, "stall": 0})
+    await world.closed()
+    assert world.gate.state == "engaged"
+    assert world.gate.load()["backlog"] == (HIGH + 1) / HIGH
+    producer = asyncio.create_task(world.gate.admit("producer"))
+    await asyncio.sleep(0)
+    assert world.gate.waiting == 1
+    with pytest.raises(Throttled):
+        await world.gate.admit("producer")
+    assert world.gate.refusals == {"waited": 0, "crowded": 1}
+    world.clock.advance(PATIENCE)
+    with pytest.raises(Throttled):
+        await producer
+    assert world.gate.refusals == {"waited": 1, "crowded": 1}
+    assert (world.gate.slowed, world.gate.slowed_seconds, world.gate.waiting) == (1, PATIENCE, 0)
+    world.waiting = LOW + 1
+    await world.tick()
+    assert (world.gate.closed, world.gate.state) == (True, "recovery")
+    world.waiting = 1
+    await world.tick()
+    assert world.gate.state == "disengaged"
+    await world.gate.admit("producer")
+    await world.tick(late=LATE)
+    assert world.gate.load()["lateness"] == pytest.approx(1)
+    world.moves = False
+    await world.gate.admit("producer")
+    await world.tick()
+    for _ in range(5):
+        await world.gate.admit("producer")
+        await world.tick()
+    assert world.gate.load()["stall"] == pytest.approx(5 * TICK / STALLED)

@@ -280,6 +280,8 @@ async def test_too_many_waiting_consumers() -> None:
 class Shut:
     """A gate that lets nobody in."""
 
+    state = "soft_arm"
+
     async def admit(self, kind: str) -> None:
         raise Throttled("too much to do")
 
@@ -293,6 +295,7 @@ async def test_a_gate_that_is_shut_is_met_first() -> None:
                 answer = await request(url, "POST", f"/v1/queue/{route}", b"no body")
                 assert error_of(answer) == (429, "throttled"), route
                 assert answer.headers["retry-after"] == "1"
+                assert answer.headers["x-lockd-qrf-state"] == "soft_arm"
             answer = await request(url, "POST", "/v1/update", b"no body")
             assert error_of(answer) == (429, "throttled")
 
@@ -384,12 +387,24 @@ async def test_paths_are_exact(path: str) -> None:
         assert error_of(await client.post(path, ANSWER)) == (404, "unknown_route")
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
 async def test_any_method_will_do_on_lockds_routes(method: str) -> None:
     async with serving() as client:
         body = b'{"queue":"q","owner":"o","wait_seconds":-1}'
         answer = await request(client.url, method, "/v1/queue/dequeue", body)
         assert error_of(answer) == (409, "waiting")
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+async def test_a_picture_in_a_page_takes_no_message(method: str) -> None:
+    """What a browser asks for without an Origin: everything that is needed could stand in the query."""
+    async with serving() as client:
+        await client.enqueue("q", b"x")
+        path = "/v1/queue/dequeue?queue=q&owner=page"
+        answer = await request(client.url, method, path)
+        assert error_of(answer) == (405, "method_not_allowed")
+        assert answer.headers["allow"] == "POST"
+        assert (await client.pond.queue("q").counts()).ready == 1
 
 
 @pytest.mark.parametrize("bad", ["", "x" * 200, "é", "a\tb"])

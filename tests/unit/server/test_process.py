@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.unit.server.certificates import Authority, write
+from tests.unit.server.native import until
 from tests.unit.server.raw import Answer, Connection, request
 
 from millpond import testing
@@ -25,11 +26,13 @@ from millpond.server import native_routes, process, tokens
 from millpond.server.config import ServerConfig
 from millpond.server.context import Context
 from millpond.server.families import FAMILIES
+from millpond.server.gate import HIGH, PATIENCE, Load, LoadGate
 from millpond.server.process import Service
 from millpond.server.reload import EVERY
 from millpond.server.run import Server
 from millpond.stores.memory import MemoryStore
 from millpond.stores.sqlite import SqliteStore
+from millpond.wire.faults import Refusal
 
 
 @contextlib.asynccontextmanager
@@ -160,8 +163,12 @@ async def test_a_browser_is_no_client_of_a_server_that_asks_for_nothing() -> Non
     async with serving() as service:
         url = service.server.url
         assert (await enqueue(url, "q")).status == 200
-        answer = await enqueue(url, "q", {"Origin": "http://example.org"})
-        assert code(answer) == (403, "browser_refused")
+        for of_a_page in ({"Origin": "http://example.org"}, {"Sec-Fetch-Site": "cross-site"}):
+            answer = await enqueue(url, "q", of_a_page)
+            assert code(answer) == (403, "browser_refused")
+        # Nor under a name of its own that it has resolve to this machine; who asks by hand is no page.
+        for site, status in (("same-origin", 403), ("none", 200)):
+            assert (await request(url, "GET", "/metrics", headers={"Sec-Fetch-Site": site})).status == status
         assert "access-control-allow-origin" not in answer.headers
 
 
@@ -335,6 +342,35 @@ async def test_more_queues_than_a_namespace_may_have_are_refused() -> None:
         assert code(await enqueue(url, "one")) == (403, "too_many_queues")
 
 
+async def test_those_that_come_at_once_are_not_more_than_a_namespace_may_have() -> None:
+    async with serving(max_queues_per_namespace=3) as service:
+        url, pond = service.server.url, pond_of(service)
+        queues = pond.store.queues
+
+        async def slowly() -> Any:
+            found = await queues()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            return found
+
+        pond.store.queues = slowly  # type: ignore[method-assign]
+        names = [f"q{number}" for number in range(20)]
+        found = await asyncio.gather(*(enqueue(url, name) for name in names))
+        assert sorted({answer.status for answer in found}) == [200, 403]
+        assert len(await pond.queues()) == 3
+        # What was let in and has not arrived yet counts at the next look, too.
+        quota = service.context.quota
+        for queue in await pond.queues():
+            await pond.queue(queue.queue).purge()
+        await pond.advance(2)
+        for fresh, later in (("a", 0.6), ("bc", 0.5), ("d", 0)):  # for d all are looked at again, and a is not there
+            for name in fresh:
+                await quota.admit("default", name)
+            await pond.advance(later)
+        with pytest.raises(Refusal):
+            await quota.admit("default", "e")
+
+
 async def test_who_is_refused_does_not_make_the_store_list_its_queues() -> None:
     async with serving(max_queues_per_namespace=1) as service:
         await enqueue(service.server.url, "one")
@@ -469,6 +505,39 @@ async def test_metrics_tell_what_happened() -> None:
         assert told['millpond_log_events_total{event="millpond.message.dead_lettered"}'] == 1
 
 
+async def test_metrics_tell_who_was_slowed_and_a_429_how_the_server_does() -> None:
+    async with serving() as service:
+        url, gate, pond = service.server.url, service.context.gate, pond_of(service)
+        assert isinstance(gate, LoadGate)
+        told = await scrape(url)
+        assert told['millpond_load_ratio{sign="backlog"}'] == told["millpond_producers_slowed_total"] == 0
+        gate.closed = True
+        slowed = asyncio.create_task(enqueue(url, "orders"))
+        await until(lambda: gate.waiting)
+        told = await scrape(url)
+        assert (told["millpond_producers_waiting"], told["millpond_producers_held_back"]) == (1, 1)
+        gate._load = lambda: Load(9 * HIGH, 1)
+        await pond.advance(PATIENCE)
+        answer = await slowed
+        assert code(answer) == (429, "throttled")
+        assert (answer.headers["x-lockd-qrf-state"], answer.headers["retry-after"]) == ("engaged", "1")
+        told = await scrape(url)
+        assert told['millpond_load_ratio{sign="backlog"}'] == 9
+        assert told["millpond_producers_slowed_total"] == told["millpond_producers_slowed_seconds_total"] == 1
+        assert told['millpond_producers_refused_total{reason="waited"}'] == 1
+        assert told['millpond_producers_refused_total{reason="crowded"}'] == 0
+        gate._load = lambda: Load(HIGH, 2)
+        slowed = asyncio.create_task(enqueue(url, "orders"))
+        await until(lambda: gate.waiting)
+        await pond.advance(PATIENCE)
+        assert (await slowed).headers["x-lockd-qrf-state"] == "recovery"
+        gate._load = lambda: Load(0, 3)
+        slowed = asyncio.create_task(enqueue(url, "orders"))
+        await until(lambda: gate.waiting)
+        await pond.advance(PATIENCE / 2)
+        assert "x-lockd-qrf-state" not in (await slowed).headers
+
+
 async def test_how_long_the_oldest_message_waits() -> None:
     async with serving() as service:
         pond = pond_of(service)
@@ -521,6 +590,32 @@ async def test_metrics_can_be_public_or_off(tmp_path: Path) -> None:
         assert (await request(service.server.url, "GET", "/metrics")).status == 200
     async with serving(metrics_off=True) as service:
         assert (await request(service.server.url, "GET", "/metrics")).status == 404
+
+
+async def test_asking_whether_it_is_ready_costs_the_store_a_read_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as service:
+        url, pond, looks = service.server.url, pond_of(service), 0
+        document = pond.store.document
+
+        async def counted(*arguments: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            if looks == 2:
+                raise StoreError("gone")
+            return await document(*arguments)
+
+        monkeypatch.setattr(pond.store, "document", counted)
+
+        async def statuses() -> set[int]:
+            return {
+                answer.status for answer in await asyncio.gather(*(request(url, "GET", "/readyz") for _ in range(5)))
+            }
+
+        assert (await statuses(), looks) == ({200}, 1)
+        await pond.advance(1)
+        # A failure does not stand: the next one looks again.
+        assert (await request(url, "GET", "/readyz")).status == 503
+        assert (await statuses(), looks) == ({200}, 3)
 
 
 async def test_metrics_are_told_while_the_store_is_gone() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.server.certificates import Authority, key_pem, write
@@ -180,6 +181,27 @@ def test_a_reload_replaces_certificate_and_cas(ca: Authority, tmp_path: Path, ca
     ]
     reloader.stop()
     assert clock.pending_timers == 0
+
+
+def test_which_certificates_are_in_doubt_after_a_reload(ca: Authority) -> None:
+    def context(*authorities: Authority) -> ssl.SSLContext:
+        made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        made.load_verify_locations(cadata="".join(one.pem for one in authorities))
+        return made
+
+    def issued(by: str) -> dict[str, Any]:
+        return {"issuer": ((("commonName", by),),)}
+
+    another, namesake = Authority("another"), Authority()
+    assert tls.no_longer_trusted(context(ca), context(ca, another)) is None
+    gone = tls.no_longer_trusted(context(ca, another), context(ca))
+    assert gone is not None
+    # The CA's own, one of the other's, one of an intermediate: of that nobody knows whose it is.
+    assert [gone(issued(name)) for name in ("test CA", "another", "between")] == [False, True, True]
+    # Another key under the same name proves nothing.
+    gone = tls.no_longer_trusted(context(ca), context(namesake))
+    assert gone is not None
+    assert gone(issued("test CA"))
 
 
 def test_a_file_that_vanishes_and_comes_back_is_read_again(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ def test_an_unknown_code_becomes_the_nearest_class() -> None:
     error = faults.exception(409, "news", "text")
     assert type(error) is errors.LeaseLost
     assert str(error) == "news: text"
+    # A certificate's claims are refused by lockd's own codes.
+    assert type(faults.exception(403, "namespace_forbidden", "text")) is errors.Forbidden
+    assert type(faults.exception(401, "news")) is errors.Unauthorized
+    assert type(faults.exception(429, "news")) is errors.Throttled
     assert type(faults.exception(418, "teapot")) is errors.MillpondError
 
 

@@ -12,7 +12,19 @@ A change of the protocol starts here: first the check, then the stores.
 
 from __future__ import annotations
 
-from millpond.stores.conformance import attached, groups, hand_out, lifetime, overview, taking, writes
+from millpond.stores.conformance import attached, groups, hand_out, lifetime, many, overview, taking, writes
 from millpond.stores.conformance.harness import CHECKS, Check, Harness
 
-__all__ = ["CHECKS", "Check", "Harness", "attached", "groups", "hand_out", "lifetime", "overview", "taking", "writes"]
+__all__ = [
+    "CHECKS",
+    "Check",
+    "Harness",
+    "attached",
+    "groups",
+    "hand_out",
+    "lifetime",
+    "many",
+    "overview",
+    "taking",
+    "writes",
+]

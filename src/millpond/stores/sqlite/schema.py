@@ -82,10 +82,16 @@ MIGRATIONS: Sequence[str] = (_V1,)
 """``MIGRATIONS[n]`` takes a file from schema version n to n + 1. Append only; never change one that was released."""
 
 
+STATEMENTS = 32
+"""Prepared statements that a connection keeps: as many as the hot ones take turns in, since apsw looks through all."""
+
+
 def connect(path: str, *, cache_bytes: int, vfs: str | None = None, create: bool = False) -> apsw.Connection:
     """A connection to an existing (or, with ``create``, perhaps new) database, durable and waiting for nobody."""
     flags = apsw.SQLITE_OPEN_READWRITE
-    connection = apsw.Connection(path, flags | (apsw.SQLITE_OPEN_CREATE if create else 0), vfs)
+    connection = apsw.Connection(
+        path, flags | (apsw.SQLITE_OPEN_CREATE if create else 0), vfs, statementcachesize=STATEMENTS
+    )
     fork.note(connection, path)
     connection.set_busy_timeout(0)
     connection.execute(f"PRAGMA cache_size = -{max(256, cache_bytes // 1024)}")
