@@ -202,6 +202,39 @@ def requests_two_processes(callers: int, messages: int) -> dict[str, Any]:
     }
 
 
+COMPETING = 8
+
+
+def requests_competing(callers: int, messages: int) -> dict[str, Any]:
+    """The same when several processes work off what was put in before."""
+    each = messages // COMPETING
+    with server() as port, proxy(port, 0) as before:
+        where = url(before.port, "many")
+        producer = start("bucket_worker.py", "produce", where, 64, each * COMPETING)
+        assert producer.stdout is not None
+        producer.stdout.readline()
+        before.counts()
+        answer(producer)
+        made = before.counts()
+        processes = [start("bucket_worker.py", "consume", where, callers, each) for _ in range(COMPETING)]
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        before.counts()
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in processes:
+            answer(process)
+        seen = before.counts()
+    return {
+        "server_each": (sum(made.values()) + sum(seen.values())) / (each * COMPETING),
+        "processes": COMPETING,
+        "server": {kind: made.get(kind, 0) + seen.get(kind, 0) for kind in {**made, **seen}},
+    }
+
+
 def median_by(runs: int, measure: Callable[[], dict[str, Any]], key: str) -> dict[str, Any]:
     """The run in the middle by ``key``, with that figure of all."""
     results = sorted((measure() for _ in range(runs)), key=lambda one: one[key])
@@ -252,6 +285,7 @@ def main() -> None:
                     figures[system][callers] = str(error)
     if wanted("requests"):
         result["requests_one_process"], result["requests_two_processes"] = {}, {}
+        result["requests_competing"] = {}
         for callers in CALLERS:
             note("requests", callers)
             result["requests_one_process"][callers] = median_by(
@@ -260,6 +294,10 @@ def main() -> None:
             result["requests_two_processes"][callers] = median_by(
                 runs, lambda callers=callers: requests_two_processes(callers, messages), "server_each"
             )
+            if callers < CALLERS[-1]:
+                result["requests_competing"][callers] = median_by(
+                    runs, lambda callers=callers: requests_competing(callers, max(messages, 1600)), "server_each"
+                )
     if wanted("idle"):
         note("idle")
         result["requests_of_an_idle_hour"] = answer(start("bucket_worker.py", "idle"))

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,3 +102,12 @@ async def test_errors_of_a_url_are_one_line(seaweed: Server) -> None:
     assert ran.code == 1
     assert ran.err.count("\n") == 1
     assert "'colour'" in ran.err
+
+
+async def test_verify_says_in_full_what_is_to_be_done(seaweed: Server) -> None:
+    """The table cuts what is long; a wrong key is no fault of the bucket's, and the cure comes last."""
+    wrong = replace(seaweed, environment={**seaweed.environment, "AWS_SECRET_ACCESS_KEY": "wrong"})
+    ran = await run(wrong, seaweed.url("wrong-key"), "verify")
+    assert ran.code == 1
+    assert "no valid credentials (403 SignatureDoesNotMatch)" in ran.err
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in ran.err

@@ -209,8 +209,11 @@ def verify(settings: Settings) -> None:
     probed = settings.probe()
     if probed:
         show_probe(settings.output(), probed)
-    if refused := [finding.check for finding in probed if finding.serious and not finding.ok]:
-        print(f"millpond: error: this bucket cannot hold a queue: {', '.join(refused)}", file=sys.stderr)
+    if refused := [finding for finding in probed if finding.serious and not finding.ok]:
+        print(f"millpond: error: this bucket cannot hold a queue: {refused[0].check} failed", file=sys.stderr)
+        for finding in refused:
+            # Whole: the table cuts what is long, and what to do comes last.
+            print(f"  {finding.check}: {finding.detail}", file=sys.stderr)
         raise click.exceptions.Exit(EXIT_ERROR)
 
     async def check(pond: Pond) -> int:

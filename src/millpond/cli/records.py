@@ -108,6 +108,8 @@ def error_text(error: Any) -> str:
     if isinstance(error, dict) and isinstance(error.get("error"), str):
         stderr = error.get("stderr")
         return f"{error['error']}: {stderr.strip()}" if isinstance(stderr, str) and stderr.strip() else error["error"]
+    if isinstance(error, dict) and error.keys() >= {"type", "message"}:  # as a worker keeps what a handler raised
+        return f"{error['type']}: {error['message']}" if error["message"] else str(error["type"])
     return str(error)
 
 

@@ -135,22 +135,14 @@ async def details(pond: Pond, one: QueueSnapshot) -> Details:
         if lease is not None and lease.until_ms is not None and view.state == "leased":
             owners.setdefault(lease.owner or "(no name)", []).append((lease.until_ms - now) / 1000)
     held = sorted(((who, len(ends), min(ends)) for who, ends in owners.items()), key=lambda each: (-each[1], each[0]))
-    failing = Counter(error_text(_gist(view)) for view in live if view.last_error is not None)
-    given_up = Counter(_why(view, error_text(_gist(view))) for view in dead)
+    failing = Counter(error_text(view.last_error) for view in live if view.last_error is not None)
+    given_up = Counter(_why(view, error_text(view.last_error)) for view in dead)
     return Details(
         owners=tuple(held),
         errors=tuple(failing.most_common()),
         dead=tuple(given_up.most_common()),
         partial=len(live) < one.waiting or len(dead) < one.counts.dead,
     )
-
-
-def _gist(view: MessageView) -> Any:
-    """The last error without what differs from message to message: a worker keeps its type, message and traceback."""
-    error = view.last_error
-    if isinstance(error, dict) and "type" in error and "message" in error:
-        return f"{error['type']}: {error['message']}"
-    return error
 
 
 def _why(view: MessageView, error: str) -> str:

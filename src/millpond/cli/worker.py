@@ -124,7 +124,12 @@ def load_pond(target: str) -> Pond:
         # That the module itself is missing, and not one that it imports.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise click.UsageError(f"there is no module {module_name!r} in --app-dir or on the Python path") from error
+        hint = ""
+        if module_name.endswith(".py"):
+            hint = "; it is named as in an import, without .py and with dots for slashes"
+        raise click.UsageError(
+            f"there is no module {module_name!r} in --app-dir or on the Python path{hint}"
+        ) from error
     except (ValueError, TypeError) as error:
         raise click.UsageError(f"{module_name!r} is no module's name: {error}") from error
     found: Any = module

@@ -84,7 +84,7 @@ class App:
         try:
             if handler is not None:
                 call.identity = self.context.authority.identify(call.scope)
-                if call.method in READING and call.identity.kind != "token":
+                if call.method in READING and call.route in self._lockd and call.identity.kind != "token":
                     raise Refusal(405, "method_not_allowed", "this route takes POST")
                 await handler(call)
             else:

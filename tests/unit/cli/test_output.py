@@ -47,6 +47,8 @@ def test_text_for_people_cannot_steer_their_terminal() -> None:
         ("plain", "plain"),
         ({"error": "exit code 1", "stderr": "boom\n"}, "exit code 1: boom"),
         ({"error": "exit code 1", "stderr": ""}, "exit code 1"),
+        ({"type": "KeyError", "message": "'a'", "traceback": "…"}, "KeyError: 'a'"),
+        ({"type": "Stop", "message": "", "traceback": ""}, "Stop"),
         ({"other": 1}, "{'other': 1}"),
     ],
 )

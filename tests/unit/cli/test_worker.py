@@ -36,6 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("", "hf_missing", "there is no module 'hf_missing'"),
         ("", "hf_missing.inner:pond", "there is no module 'hf_missing.inner'"),
+        ("", "src/hf_file.py", "named as in an import, without .py and with dots for slashes"),
         ("", ".hf_relative", "is no module's name"),
         ("", "hf_module", "pond is nothing, not a pond"),
         ("pond = 3", "hf_module", "pond is a int, not a pond"),

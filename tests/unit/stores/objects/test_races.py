@@ -9,7 +9,22 @@ from typing import Any
 import pytest
 from tests.unit.stores.objects.rig import NOW, Rig, apply, fresh, give_back, insert, lease, picture
 
-from millpond.stores.base import Box, Cause, Conflict, Inserted, PutDocument, Remove, Removed, Unique, Update, Updated
+from millpond.stores.base import (
+    Box,
+    Cause,
+    Conflict,
+    Inserted,
+    Op,
+    PutDocument,
+    PutState,
+    Remove,
+    Removed,
+    Reseal,
+    Unique,
+    Update,
+    Updated,
+)
+from millpond.stores.objects import names
 from millpond.stores.objects.store import ObjectStore
 
 FAR = NOW + 10**7
@@ -199,6 +214,27 @@ async def test_an_answer_after_the_lease_does_not_undo_the_next_delivery() -> No
     seen = await other.get("default", "q", record.item.id)
     assert seen is not None
     assert seen.mark == again.mark
+
+
+@pytest.mark.parametrize("what", ["claim", "remove", "state", "reseal"])
+async def test_who_has_forgotten_a_message_changes_nothing_of_what_came_since(what: str) -> None:
+    """What a process remembers is bounded: what it then has to read anew may be another's by now."""
+    rig = Rig()
+    store, other = await rig.store(), await rig.store()
+    record = await insert(store, fresh(1))
+    await other.ready("default", "q", NOW, limit=1)
+    held = await apply(other, lease(record, FAR))
+    assert isinstance(held, Updated)
+    store._engine.index.forget(names.of_place("default", "q", record.mark.etag.split("-", 2)[2]).path)
+    before = dict(rig.root.objects)
+    op: Op = {
+        "claim": lease(record, FAR),
+        "remove": Remove(record.item, record.mark),
+        "state": PutState(record.item, record.mark, None, b"state"),
+        "reseal": Reseal(record.item, record.mark, b"head", b"status", None, None),
+    }[what]
+    assert await apply(store, op) == Conflict(Cause.STALE, record.item.id)
+    assert dict(rig.root.objects) == before
 
 
 async def test_who_loses_claims_keeps_out_of_the_way_for_a_while() -> None:
