@@ -6,7 +6,19 @@ import asyncio
 
 import msgspec
 
-from millpond.stores.base import Box, Cause, Conflict, Inserted, Op, Outcome, PutState, Removed, StateWritten, Updated
+from millpond.stores.base import (
+    Box,
+    Cause,
+    Conflict,
+    Inserted,
+    Op,
+    Outcome,
+    PutState,
+    Removed,
+    Serial,
+    StateWritten,
+    Updated,
+)
 from millpond.stores.conformance.harness import (
     NOW,
     Harness,
@@ -154,3 +166,25 @@ async def many_taken_while_others_write(harness: Harness) -> None:
         counts = await store.counts("default", "q", NOW)
         same((counts.leased, counts.delayed), (len(first) + len(second), len(moved)), "leased and delayed")
         same(await store.verify(), [], "problems")
+
+
+@check
+async def many_inserts_of_a_request_sent_again(harness: Harness) -> None:
+    """All are refused, though they are gone; among requests that come in one call only those sent again are."""
+    async with opened(harness) as store:
+
+        def request(number: int, first: int, count: int) -> list[Op]:
+            serial = Serial("s", number, ident(first), NOW, NOW + 1000)
+            return [
+                msgspec.structs.replace(insertion(n), chosen=True, serial=serial) for n in range(first, first + count)
+            ]
+
+        inserted = await store.write(request(1, 1, MANY))
+        same(_told(inserted), [Inserted] * MANY, "the request")
+        same(_told(await store.write(request(1, 1, MANY))), [Cause.EXISTS] * MANY, "while its messages are there")
+        await store.write([removal(kind(one, Inserted, "an insert")) for one in inserted])
+        same(_told(await store.write(request(1, 1, MANY))), [Cause.EXISTS] * MANY, "when they are gone")
+        calls = [request(1, 1, 1), *(request(number, 100 + number, 1) for number in range(2, 12))]
+        told = _told(await store.write([op for ops in calls for op in ops]))
+        same(told, [Cause.EXISTS] + [Inserted] * 10, "one sent again among others")
+        same(await due(store), list(range(102, 112)), "what is there")

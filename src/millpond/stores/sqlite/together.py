@@ -49,6 +49,7 @@ class Together(Applier):
     def write(self, ops: Sequence[Op]) -> list[Outcome]:
         """As `Applier.write`; raises `Singly`."""
         if len(ops) >= TOGETHER:
+            self._serial = None
             kind = ops[0].__class__
             outcomes: list[Outcome] | None = None
             if kind is Insert:
