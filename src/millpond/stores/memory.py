@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -52,7 +52,7 @@ from millpond.stores.base import (
     Update,
     Updated,
 )
-from millpond.stores.memory_queue import QueueRecords, Record, differences
+from millpond.stores.memory_queue import QueueRecords, Record, StoredBlob, differences
 from millpond.stores.ordered import SortedSet
 
 INLINE_LIMIT = 65536
@@ -66,15 +66,6 @@ SESSION = "\udcff"
 """Begins the key of a producer's session among the unique keys. No user's key holds it: it is no Unicode text."""
 
 _Undo = list[Callable[[], None]]
-
-
-class StoredBlob(NamedTuple):
-    """A payload stored apart."""
-
-    place: tuple[str, str, str]
-    """Namespace, queue and message id that it was written for."""
-    data: bytes
-    written_at: int
 
 
 class _Data:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from millpond.stores.base import Box, Item, Mark, Stored
 from millpond.stores.ordered import SortedSet
 
@@ -186,3 +188,12 @@ def differences(queue: QueueRecords) -> list[str]:
     if (queue.bytes, queue.blocked) != (fresh.bytes, fresh.blocked):
         wrong.append("the counters are not those of the records")
     return wrong
+
+
+class StoredBlob(NamedTuple):
+    """A payload stored apart."""
+
+    place: tuple[str, str, str]
+    """Namespace, queue and message id that it was written for."""
+    data: bytes
+    written_at: int

@@ -37,6 +37,7 @@ from millpond.stores.conformance.harness import (
     read,
     removal,
     same,
+    there,
 )
 from millpond.stores.conformance.harness import take as lease
 
@@ -62,8 +63,12 @@ async def many_inserts(harness: Harness) -> None:
         counts = await store.counts("default", "q", NOW)
         same((counts.ready, counts.delayed), (MANY // 3, MANY - MANY // 3), "ready and delayed")
         same(counts.bytes, sum(range(1, MANY + 1)), "payload bytes")
+        if counts.enqueued is not None:
+            await put(store, *(insertion(n) for n in range(101, 101 + MANY)))
+            after = there((await store.counts("default", "q", NOW)).enqueued, "the count of inserts")
+            same(after - counts.enqueued, MANY, "inserts counted")
         if store.capabilities.insertion_order:
-            page = await store.list("default", "q", Box.LIVE, limit=1000)
+            page = await store.list("default", "q", Box.LIVE, limit=MANY)
             same(numbers(page.records), list(range(1, MANY + 1)), "the order of insertion")
 
 

@@ -24,7 +24,7 @@ from millpond.stores.sqlite.apply import (
     Take,
     count_removed,
 )
-from millpond.stores.sqlite.schema import BUCKET, BYTES, FREE, LEASED
+from millpond.stores.sqlite.schema import BUCKET, BYTES, FREE, INSERTED, LEASED
 
 TOGETHER = 8
 """Ops of one call from which they are written together."""
@@ -134,6 +134,7 @@ class Together(Applier):
                 raise
             raise Singly from error
         counts[BYTES] = counts.get(BYTES, 0) + size
+        counts[INSERTED] = counts.get(INSERTED, 0) + len(ops)
         self.volume += volume
         tally.changed = True
         return outcomes

@@ -175,9 +175,7 @@ class Writer:
                 self._pending.pop()
                 if not self._loop.is_closed():
                     raise
-                raise StoreClosed(
-                    f"the event loop that opened {self._path} has ended, and the pond with it: connect anew"
-                ) from None
+                raise StoreClosed(f"the event loop that opened {self._path} has ended: connect anew") from None
             self._scheduled = True
         return future
 
