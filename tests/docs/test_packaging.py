@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+import threading
 import tomllib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from millpond.server.config import ServerConfig, load
@@ -65,3 +70,37 @@ def test_the_image_is_not_roots_and_stops_by_draining() -> None:
     config = load({}, {name: value.strip('"') for name, value in re.findall(r"(MILLPOND_\w+)=(\S+)", last)}).config
     assert config.anonymous
     assert config.insecure_plaintext
+
+
+def test_the_image_is_asked_whether_it_is_ready_and_is_told_signals_itself() -> None:
+    text = re.sub(r"\\\n\s*", "", (PACKAGING / "Dockerfile").read_text())
+    [entry] = re.findall(r"^ENTRYPOINT (\[.*\])$", text, re.MULTILINE)
+    assert json.loads(entry)[1:] == ["serve"]  # no shell in between that would keep signals to itself
+    [check] = re.findall(r"^HEALTHCHECK .*CMD (\[.*\])$", text, re.MULTILINE)
+    _, option, code = json.loads(check)
+    assert option == "-c"
+    assert f":{ServerConfig().port}/readyz" in code
+
+    class Ready(BaseHTTPRequestHandler):
+        status = 200
+
+        def do_GET(self) -> None:
+            self.send_response(self.status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            code = code.replace(f":{ServerConfig().port}/", f":{server.server_port}/").replace(
+                "timeout=2", "timeout=30"
+            )
+            for Ready.status, ended in ((200, 0), (503, 1)):
+                done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+                assert done.returncode == ended
+        finally:
+            server.shutdown()
+            thread.join()

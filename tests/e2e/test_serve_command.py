@@ -293,4 +293,4 @@ def test_text_is_for_people_and_the_root_logger_is_left_alone(serve: Callable[..
     assert server.events() == []
     [line] = [line for line in server.text().splitlines() if "millpond.server.request" in line]
     assert re.fullmatch(r"\S+Z INFO +millpond\.server\.request .*status=404 .*correlation_id=mine", line)
-    assert "route='/nothing\\nnew'" in line
+    assert "route=/nothing%0anew" in line

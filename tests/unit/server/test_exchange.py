@@ -59,7 +59,6 @@ WAYS = {
     "without keeping it": ([b"POST " + PATH + b" HTTP/1.1\r\nConnection: close\r\n" + HEAD + LENGTH + BODY], True),
     "with a query": ([b"POST " + PATH + b"?x=1 HTTP/1.1\r\n" + HEAD + LENGTH + BODY], False),
     "absolute": ([b"POST http://t" + PATH + b" HTTP/1.1\r\n" + HEAD + LENGTH + BODY], False),
-    "quoted": ([b"POST /v1/queue/%63ounts HTTP/1.1\r\n" + HEAD + LENGTH + BODY], False),
     "HTTP/1.0": ([b"POST " + PATH + b" HTTP/1.0\r\n" + HEAD + LENGTH + BODY], False),
     "chunked": (
         [b"POST " + PATH + b" HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"]

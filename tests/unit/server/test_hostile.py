@@ -259,7 +259,10 @@ async def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/queue/../queue/purge", "/v1/queue/purge/", "/v1//queue/purge", "/v1/queue/%70urge/x", "/V1/queue/purge"],
+    [
+        *("/v1/queue/../queue/purge", "/v1/queue/purge/", "/v1//queue/purge", "/v1/./queue/purge", "/V1/queue/purge"),
+        *("/v1/queue/%70urge/x", "/v1/queue/%70urge", "/v1/queue%2fpurge", "http://x/v1/queue/%70urge", "/%68ealthz"),
+    ],
 )
 async def test_paths_that_are_not_quite_a_route_are_none(path: str) -> None:
     async with world() as (_, url, _held):

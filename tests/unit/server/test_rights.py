@@ -127,7 +127,7 @@ async def test_a_stream_ends_with_its_token_and_gives_back_what_was_not_answered
         await leased(pond, "q", 0)
         [message] = await pond.queue("q").receive()
         assert (message.payload, message.attempts, message.failures) == (b"1", 2, 0)
-        assert service.context._rights_change == set()
+        await until(lambda: not service.context._rights_change)
 
 
 async def test_a_stream_ends_when_its_token_expires_however_late_that_is(
