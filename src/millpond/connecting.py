@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from millpond.crypto.keyring import Keyring
 from millpond.errors import InvalidInput
 from millpond.model.clock import Clock, SystemClock
 from millpond.pond import DEFAULT_URL, Pond, open_store
+from millpond.service.config import Config
 from millpond.stores.base import Reach
-
-if TYPE_CHECKING:
-    from millpond.crypto.keyring import Keyring
-    from millpond.service.config import Config
 
 SERVERS = ("http", "https")
 """Schemes of URLs that name a server."""
@@ -43,8 +39,14 @@ def connect(
     its wait, tries included (30). Each of these may stand in the URL's query as well. ``keyring``, ``config`` and
     ``accept_plain`` are the server's to have.
 
-    Raises InvalidInput for a URL that cannot be right, StoreError where a bucket needs a package that is not
-    installed; opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
+    Raises InvalidInput for a URL that cannot be right, StoreError where a bucket or a keyring needs a package that is
+    not installed; opening raises StoreError, and UnknownKey for an encrypted store without its keyring."""
+    if not isinstance(url, str):
+        raise InvalidInput(f"a store is named by a URL, as sqlite:///work.db, not by a {type(url).__name__}")
+    if config is not None and not isinstance(config, Config):
+        raise InvalidInput(f"config is a millpond.Config, not a {type(config).__name__}")
+    if keyring is not None and not isinstance(keyring, Keyring):  # not told what it is: it may be the key itself
+        raise InvalidInput(f"keyring is a millpond.Keyring, not a {type(keyring).__name__}: see Keyring.from_file")
     if url.partition(":")[0].lower() in SERVERS:
         if keyring is not None or config is not None or accept_plain:
             raise InvalidInput("keyring, config and accept_plain belong to the server of this URL: give them to it")

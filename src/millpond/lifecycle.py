@@ -253,13 +253,27 @@ def deliver(
     if state is _DEAD:
         raise NotPossible(state, Event.DELIVER)
     change = _DELIVER_READY if state is _READY else _DELIVER_LAPSED
-    if expired(status, now):
+    if status.expires_at is not None and expired(status, now):
         return _give_up(Event.EXPIRE, status, now, REASON_EXPIRED, bury_expired)
     if head.max_attempts and status.failures + change.failures >= head.max_attempts:
         return _give_up(Event.EXHAUST, status, now, REASON_EXHAUSTED, bury_exhausted)
     until = now + (head.visibility if visibility is None else visibility)
-    lease = Lease(lease_id, status.token + 1, until, owner, txn_id)
-    return Deliver(_changed(change, status, now, until, lease, None, None))
+    # _changed(), written out: this is paid per delivery.
+    token = status.token + 1
+    return Deliver(
+        Status(
+            STATUS_FORMAT,
+            now,
+            until,
+            status.attempts + change.attempts,
+            status.failures + change.failures,
+            token,
+            status.expires_at,
+            Lease(lease_id, token, until, owner, txn_id),
+            status.last_error,
+            None,
+        )
+    )
 
 
 def check_lease(status: Status | None, lease_id: str, token: int) -> Lease:

@@ -128,8 +128,9 @@ class Message:
         raised when it cannot be read (Tampered, UnknownKey), StoreCorrupt when it is not what was enqueued."""
         payload = self._delivery.payload
         if payload is None:
-            if self._delivery.trouble is not None:
-                raise self._delivery.trouble
+            trouble = self._delivery.trouble
+            if trouble is not None:
+                raise type(trouble)(str(trouble))
             record = self._known()
             raise PayloadNotLoaded(
                 f"the payload of {record.head.payload_size} bytes is stored apart; use message.stream() or read()"
@@ -261,7 +262,8 @@ class Message:
     async def nack(self, error: Any = None, delay: float = 0.0) -> None:
         """Failed: counts a failure; returns after ``delay`` seconds, or becomes a dead letter if its budget is spent.
 
-        ``error``: an exception, text or JSON-like value, kept with the message. Raises LeaseLost."""
+        ``error``: an exception (of its text the first 8 KiB are kept), text or JSON-like value (at most
+        `Config.max_error_bytes`), kept with the message. Raises LeaseLost, InvalidInput, TooLarge."""
         with _Settling(self._delivery):
             await self._service.nack(self._delivery, delay=delay, error=error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
@@ -33,6 +33,7 @@ from millpond.stores.base import (
     Reach,
     Remove,
     Store,
+    Stored,
 )
 from millpond.stores.sealed import refuse_sealed
 from millpond.worker.catalog import Catalog
@@ -44,6 +45,8 @@ logging.getLogger("millpond").addHandler(logging.NullHandler())
 DEFAULT_URL = "sqlite:///millpond.db"
 
 
+VERIFIED_AT_ONCE = 16
+"""Messages that `Pond.verify` reads at once: of large payloads a MiB of each is in memory."""
 LARGEST_OPTION = 2**40
 """Of an option of a store's URL: a TiB, or 35,000 years. More is a slip, and SQLite's own numbers have 63 bits."""
 
@@ -183,6 +186,8 @@ class Pond(Catalog):
         self.service.on_ready = self.dispatcher.ready
         self.service.on_due = self.dispatcher.due
         self._opened = False
+        self._opening = asyncio.Lock()
+        """Held by whoever opens it: a second store that was opened beside would be left behind open."""
         self._closed = False
         self._process = 0
         """Which opened it; tasks, threads and connections stay behind when another forks off."""
@@ -202,11 +207,16 @@ class Pond(Catalog):
         return None if self._twin is None else self._twin()
 
     async def open(self) -> Pond:
-        """Open the store; `async with` does it. Raises StoreError."""
-        if self._closed:
-            raise StoreClosed("this pond was closed; connect again")
+        """Open the store; `async with` does it. Safe to repeat, also at the same time. Raises StoreError."""
         if self._forked:
             await self.store.open()  # it says what is wrong
+        async with self._opening:
+            await self._open()
+        return self
+
+    async def _open(self) -> None:
+        if self._closed:
+            raise StoreClosed("this pond was closed; connect again")
         if not self._opened:
             self._process = os.getpid()
             await self.store.open()
@@ -218,7 +228,6 @@ class Pond(Catalog):
                     raise
             self._opened = True
             self._schedule_collection()
-        return self
 
     async def close(self) -> None:
         """Let what is under way finish, wake whoever waits with StoreClosed, release the store. Safe to repeat.
@@ -229,6 +238,8 @@ class Pond(Catalog):
         self._closed = True
         if self._forked:
             return
+        async with self._opening:
+            pass  # What is just being opened would be left open.
         if self._collect_timer is not None:
             self._collect_timer.cancel()
         if self._collecting is not None:
@@ -295,52 +306,59 @@ class Pond(Catalog):
 
         self._collecting = asyncio.create_task(run(), name="millpond collector")
 
-    async def verify(self) -> list[Problem]:
+    async def verify(self, *, progress: Callable[[int], object] | None = None) -> list[Problem]:
         """Check the store's integrity, that every record can be read and that every payload is what was enqueued; []
-        when all is well. Reads everything."""
+        when all is well. Reads everything, some payloads at once. ``progress`` is told now and then how many messages
+        have been looked at."""
         problems = await self.store.verify()
         told = {problem.where for problem in problems}
+        checked = 0
         try:
             for name in await self.queues():
-                problems += await self._verify_queue(name, told)
+                async for found, count in self._verify_queue(name, told):
+                    problems += found
+                    checked += count
+                    if progress is not None:
+                        progress(checked)
         except StoreCorrupt as error:
             # Where the store is so broken that its records cannot be listed, that is a finding like others.
             problems.append(Problem("records", str(error)))
         return problems
 
-    async def _verify_queue(self, name: QueueName, told: set[str]) -> list[Problem]:
-        problems = []
+    async def _verify_queue(self, name: QueueName, told: set[str]) -> AsyncIterator[tuple[list[Problem], int]]:
         try:
             await self.service.queue_policy(*name)
         except MillpondError as error:
-            if f"queue {name.namespace}/{name.queue}" not in told:
-                problems.append(Problem(f"queue {name.namespace}/{name.queue}", str(error)))
+            where = f"queue {name.namespace}/{name.queue}"
+            if where not in told:
+                yield [Problem(where, str(error))], 0
         for box in Box:
             after: int | None = None
             while True:
                 page = await self.store.list(*name, box, after=after, limit=500)
-                for stored in page.records:
-                    where = f"message {stored.item.id} in {name.namespace}/{name.queue}"
-                    try:
-                        record = self.service.record(stored)
-                    except MillpondError as error:
-                        problems.append(Problem(where, str(error)))
-                        continue
-                    if record.head.id != stored.item.id or record.status.visible_at != stored.mark.due:
-                        problems.append(Problem(where, "the record and its index disagree"))
-                    # What the store found wrong with the message need not be found again.
-                    elif record.head.checksum is not None and f"message {stored.item.id}" not in told:
-                        try:
-                            async for _ in self.service.payload_chunks(record):
-                                pass
-                        except MessageNotFound:
-                            pass  # acked meanwhile
-                        except MillpondError as error:
-                            problems.append(Problem(where, str(error)))
+                for start in range(0, len(page.records), VERIFIED_AT_ONCE):
+                    some = page.records[start : start + VERIFIED_AT_ONCE]
+                    found = await asyncio.gather(*(self._verify_message(name, stored, told) for stored in some))
+                    yield [problem for problem in found if problem is not None], len(some)
                 if page.next_after is None:
                     break
                 after = page.next_after
-        return problems
+
+    async def _verify_message(self, name: QueueName, stored: Stored, told: set[str]) -> Problem | None:
+        where = f"message {stored.item.id} in {name.namespace}/{name.queue}"
+        try:
+            record = self.service.record(stored)
+            if record.head.id != stored.item.id or record.status.visible_at != stored.mark.due:
+                return Problem(where, "the record and its index disagree")
+            # What the store found wrong with the message need not be found again.
+            if record.head.checksum is not None and f"message {stored.item.id}" not in told:
+                async for _ in self.service.payload_chunks(record):
+                    pass
+        except MessageNotFound:
+            return None  # acked meanwhile
+        except MillpondError as error:
+            return Problem(where, str(error))
+        return None
 
     async def unreadable(self, queue: str, *, namespace: str | None = None) -> list[tuple[str, MillpondError]]:
         """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written
@@ -395,12 +413,13 @@ class Pond(Catalog):
     async def rekey(self, progress: Callable[[int], None] | None = None, *, encrypt_plain: bool = False) -> int:
         """Rewrite everything that is not under the keyring's newest key; how many records. Safe while others work, and
         to repeat. ``encrypt_plain``: also what was never encrypted. Raises InvalidInput without a keyring."""
-        from millpond.stores.encrypted import EncryptedStore
-        from millpond.stores.rekey import rekey
+        if self.store.capabilities.encrypted:  # where it is not, the package that this needs may not be there
+            from millpond.stores.encrypted import EncryptedStore
+            from millpond.stores.rekey import rekey
 
-        if not isinstance(self.store, EncryptedStore):
-            raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
-        return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
+            if isinstance(self.store, EncryptedStore):
+                return await rekey(self.store, progress=progress, encrypt_plain=encrypt_plain)
+        raise InvalidInput("this pond was opened without a keyring; there is nothing to rekey with")
 
     def requests(self) -> PondRequests:
         """The requests that this pond has made, where its store charges for them, in total, per queue, and per message

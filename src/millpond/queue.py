@@ -46,6 +46,9 @@ class QueueCounts(NamedTuple):
     """Payload bytes of all live messages."""
     oldest_age: float | None
     """Seconds for which the longest-waiting ready message has been ready; None when there is none."""
+    enqueued: int | None = None
+    """Messages that were enqueued, whatever became of them, counted from some moment on; None in a bucket. The
+    difference of two of these tells how fast messages come; less what the queue has grown by, how fast they go."""
 
 
 class DeadLetters:
@@ -255,7 +258,9 @@ class Queue:
         service = self._service
         counts = await service.counts(self.namespace, self.name)
         age = None if counts.oldest_due is None else max(0.0, (service.clock.now_ms() - counts.oldest_due) / 1000)
-        return QueueCounts(counts.ready, counts.delayed, counts.leased, counts.blocked, counts.dead, counts.bytes, age)
+        return QueueCounts(
+            counts.ready, counts.delayed, counts.leased, counts.blocked, counts.dead, counts.bytes, age, counts.enqueued
+        )
 
     async def get(self, message_id: str) -> MessageView:
         """Any message of the queue, live or dead. Raises MessageNotFound."""

@@ -147,7 +147,8 @@ class SyncMessage:
     def nack(self, error: Any = ..., delay: float = ...) -> None:
         """Failed: counts a failure; returns after ``delay`` seconds, or becomes a dead letter if its budget is spent.
 
-        ``error``: an exception, text or JSON-like value, kept with the message. Raises LeaseLost."""
+        ``error``: an exception (of its text the first 8 KiB are kept), text or JSON-like value (at most
+        `Config.max_error_bytes`), kept with the message. Raises LeaseLost, InvalidInput, TooLarge."""
 
     def defer(self, delay: float = ...) -> None:
         """Give it back without a failure, visible after ``delay`` seconds. Raises LeaseLost."""
@@ -472,9 +473,10 @@ class PondCalls:
         """One pass of the collector, which otherwise runs every `Config.collect_interval` seconds: settles expired
         messages, removes orphaned payloads and ended dedup keys. Safe in any number of processes."""
 
-    def verify(self) -> builtins.list[Problem]:
+    def verify(self, *, progress: Callable[[int], object] | None = ...) -> builtins.list[Problem]:
         """Check the store's integrity, that every record can be read and that every payload is what was enqueued; []
-        when all is well. Reads everything."""
+        when all is well. Reads everything, some payloads at once. ``progress`` is told now and then how many messages
+        have been looked at."""
 
     def unreadable(self, queue: str, *, namespace: str | None = ...) -> builtins.list[tuple[str, MillpondError]]:
         """The ids of the queue's messages whose record cannot be read, live or dead, each with the reason: written

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from millpond import Config
-from millpond.service import core, dispatcher
+from millpond.service import claiming, core, dispatcher
+from millpond.service.consuming import Delivery
 from millpond.service.dispatcher import LINGER
 
 if TYPE_CHECKING:
@@ -152,7 +153,14 @@ async def test_M5_explicit_wake_ups_are_bounded_and_none_is_forgotten(
         await world.settle()
 
 
-async def test_M6_nothing_is_kept_of_a_delivery_once_its_consumer_has_dropped_it(world: Defects) -> None:
+class TracedDelivery(Delivery, gc=True, weakref=True, eq=False):
+    """One that tells when it is gone."""
+
+
+async def test_M6_nothing_is_kept_of_a_delivery_once_its_consumer_has_dropped_it(
+    world: Defects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claiming, "Delivery", TracedDelivery)
     async with world.pond() as pond, world.pond() as other:
         queue = pond.queue("q")
         await queue.enqueue_many([b"x"] * 200, visibility=600)

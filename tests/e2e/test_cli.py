@@ -267,7 +267,11 @@ def test_nack_dead_letters_redrive_and_purge(cli: Cli) -> None:
     assert cli("dlq", "show", "q", ids[0], "-o", "-").stdout == b"a"
     assert b"no good" in cli("dlq", "list", "q").stdout
     assert b"max_attempts_exceeded" in cli("dlq", "show", "q", ids[0]).stdout
-    assert cli.one("dlq", "redrive", "q", ids[0]) == {"queue": "q", "redriven": 1}
+    assert cli.one("dlq", "redrive", "q", ids[0]) == {
+        "namespace": "default",
+        "queue": "q",
+        "redriven": 1,
+    }
     again = cli.one("receive", "q")
     assert (again["message_id"], again["attempts"], again["failures"], again["fencing_token"]) == (ids[0], 1, 0, 2)
     assert cli("dlq", "purge", "q", ids[1], "--yes").stdout == b"1 removed\n"
@@ -288,6 +292,8 @@ def test_each_answer_of_many_stands_alone(cli: Cli) -> None:
         assert text in cli("ack", "q", "--from-json", "-", input=line, code=1).stderr
     other = received.splitlines()[0].replace(b'"queue":"q"', b'"queue":"other"')
     assert b"was received from queue 'other'" in cli("ack", "q", "--from-json", "-", input=other, code=1).stderr
+    elsewhere = cli("ack", "q", "--namespace", "other", "--from-json", "-", input=received, code=1).stderr
+    assert b"was received in namespace 'default', not in 'other': give --namespace" in elsewhere
 
 
 def test_extend_tells_the_new_end(cli: Cli) -> None:
@@ -349,7 +355,7 @@ def test_pause_and_resume_and_policy(cli: Cli) -> None:
 def test_purge_leaves_what_is_held(cli: Cli) -> None:
     cli("enqueue", "q", "--lines", input=b"a\nb\nc\n")
     record = cli.one("receive", "q")
-    assert cli.one("purge", "q", "--yes") == {"queue": "q", "purged": 2}
+    assert cli.one("purge", "q", "--yes") == {"namespace": "default", "queue": "q", "purged": 2}
     cli("ack", "q", *named(record))
 
 

@@ -342,3 +342,15 @@ def read_screen(screen: int, process: subprocess.Popen[bytes]) -> bytes:
         if process.poll() is not None:
             return shown
     raise AssertionError("the process did not end")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the disk that is full is Linux's /dev/full")
+def test_a_log_on_a_full_disk_leaves_no_message_unanswered(works: Works) -> None:
+    """What the commands say cannot be kept; what they did is done, and must not be done again."""
+    works.enqueue(5)
+    with open("/dev/full", "wb") as full:
+        command = ("q", "-c", "2", "--until-empty", "--quiet", "--", "sh", "-c", 'echo moan >&2; cat >> "$MARKS/done"')
+        assert works.start(*command, stdout=subprocess.DEVNULL, stderr=full).wait(BOUND) == 0
+    assert len(works.lines("done")[0]) == 5
+    counts = works.counts()
+    assert (counts["ready"], counts["leased"], counts["delayed"]) == (0, 0, 0)

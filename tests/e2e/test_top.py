@@ -6,31 +6,46 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.e2e.test_http_client import Served
+from tests.servers.process import answers
 
 import millpond
 
 BOUND = 60.0
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    """A store with a queue, somebody who holds a message, and a dead letter."""
+@pytest.fixture(params=["sqlite"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A store, or a server of one, with a queue, somebody who holds a message, and a dead letter."""
     url = f"sqlite:///{tmp_path}/pond.db"
     with millpond.connect_sync(url) as pond:
         orders = pond.queue("orders")
         orders.enqueue_many([b"x"] * 4)
         orders.receive(1, owner="worker-1", visibility=600)
         orders.receive(1)[0].bury("gave_up")
-    return url
+    if request.param == "sqlite":
+        yield url
+        return
+    server = Served(url)
+    server.start()
+    try:
+        end = time.monotonic() + BOUND
+        while not answers(server.port, "/healthz")():
+            assert time.monotonic() < end, "the server has not started"
+        yield server.url
+    finally:
+        server.kill()
 
 
 def run(url: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -87,6 +102,16 @@ class Terminal:
             assert self.process.poll() is None, self.seen[-3000:]
         self.seen = b""
 
+    def until_matches(self, pattern: bytes) -> None:
+        """The same for a pattern, in what is drawn, without what says where and how."""
+        end = time.monotonic() + BOUND
+        while not re.search(pattern, re.sub(rb"\x1b\[[\d;?]*[A-Za-z]", b"", self.seen)):
+            assert time.monotonic() < end, f"{pattern!r} was not shown: {self.seen[-3000:]!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 65536)
+            assert self.process.poll() is None, self.seen[-3000:]
+        self.seen = b""
+
     def press(self, keys: bytes) -> None:
         os.write(self.master, keys)
 
@@ -113,6 +138,7 @@ def terminal(url: str) -> Iterator[Terminal]:
         os.close(made.slave)
 
 
+@pytest.mark.parametrize("url", ["sqlite", "http"], indirect=True)
 def test_on_a_terminal_it_shows_what_changes_and_obeys_keys(url: str) -> None:
     with terminal(url) as shown, millpond.connect_sync(url) as pond:
         shown.until("worker-1")
@@ -127,6 +153,22 @@ def test_on_a_terminal_it_shows_what_changes_and_obeys_keys(url: str) -> None:
         assert orders.counts().dead == 0
         pond.queue("mails").enqueue(b"x")
         shown.until("mails")
+        shown.until("in/s")
+        # A rate, of the chosen queue: what comes is acked at once, so its depth does not change.
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                pond.queue("mails").enqueue(b"x", priority=9)
+                pond.queue("mails").receive(1)[0].ack()
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            shown.until_matches(rb"mails[^\n]*? 1 +[\d.,]+ +[\d.,]+ +0 ")
+        finally:
+            stop.set()
+            worker.join()
         shown.press(b"q")
         assert shown.end() == 0
         assert termios.tcgetattr(shown.slave) == shown.before

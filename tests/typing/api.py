@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, assert_type
 
+import pydantic
+
 import millpond
 from millpond import (
     Answer,
+    Context,
     DeadLetters,
     Lease,
     Message,
@@ -213,3 +216,79 @@ async def tasks() -> None:
     with millpond.connect_sync() as pond:
         assert_type(pond.send(add.call(1), delay=5), SyncTaskHandle[int])
         assert_type(pond.send(add.call(1)).result(timeout=5), int)
+
+
+class Timing(millpond.Middleware):
+    """Middleware."""
+
+    async def before(self, context: Context) -> None:
+        context.values[self] = context.started
+
+    async def error(self, context: Context, error: BaseException | None, outcome: millpond.Outcome) -> None:
+        assert_type(outcome.delay, float)
+        assert_type(outcome.reason, str)
+
+
+class Shape(pydantic.BaseModel):
+    """A pydantic model."""
+
+    sides: int
+
+
+@shop.task
+async def measure(shape: Shape, order: Order, *, unit: str = "mm") -> dict[str, float]:
+    """A task with a model and a dataclass."""
+    return {unit: float(shape.sides * order.number)}
+
+
+@shop.task(run_in="process", time_limit=60.0, max_attempts=3, retry=millpond.RetryPolicy(base=5.0))
+def burn(seconds: float) -> None:
+    """A task without a result, in a process of its own."""
+
+
+@shop.task(gate=shop.limit("api", concurrency=2))
+async def bare() -> str:
+    """A task without arguments."""
+    return millpond.current_task().id
+
+
+@shop.consumer("everything", concurrency=4, visibility=60, time_limit=5.0, middleware=[Timing()], type=Order)
+async def everything(
+    order: Order, message: Message, lease: Lease, state: MessageState, context: Context, queue: Queue, pond: Pond
+) -> None:
+    """A coroutine gets the asynchronous forms."""
+    assert_type(context.message, Message)
+    assert_type(context.cancelled, bool)
+    assert_type(context.deadline, float | None)
+    assert_type(context.values, dict[Any, Any])
+    context.hand_off("next", millpond.json(order.number), delay=5, priority=1)
+    if order.number < 0:
+        raise millpond.GiveUp("less than nothing")
+    if order.number == 0:
+        raise millpond.Retry(after=5.0, reason="not yet")
+    raise millpond.Defer(60)
+
+
+@shop.consumer("threaded", run_in="thread", retry=millpond.RetryPolicy(give_up_on=(KeyError,)))
+def threaded(
+    payload: bytes, message: SyncMessage, state: SyncMessageState, queue: SyncQueue, pond: SyncPond, lease: Lease
+) -> None:
+    """A function gets the synchronous forms."""
+    assert_type(state.load(), Any)
+
+
+async def workers() -> None:
+    assert_type(await measure.send(Shape(sides=3), Order(2), unit="cm"), TaskHandle[dict[str, float]])
+    assert_type(await measure(Shape(sides=3), Order(2)), dict[str, float])
+    assert_type(await (await bare.send()).result(), str)
+    assert_type((await burn.send(1.5)).id, str)
+    handle = await bare.options(keep_result=60, unique="k", unique_for=5).send()
+    assert_type(await handle.progress(), Any)
+    assert_type(handle.duplicate, bool)
+    assert_type(everything.__name__, str)  # a consumer's function stays what it is
+    worker = millpond.Worker(shop, ["everything", "threaded"], grace=5.0, owner="me", middleware=[Timing()])
+    worker.stop(grace=1)
+    assert_type(worker.counts(), dict[str, int])
+    await worker.run()
+    counts = await shop.queue("orders").counts()
+    assert_type(counts.enqueued, int | None)

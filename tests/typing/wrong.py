@@ -91,3 +91,27 @@ async def tasks(pond: millpond.SyncPond) -> None:
     shop.periodic(5)  # type: ignore[arg-type]
     shop.limit("orders", rates=5)  # type: ignore[call-arg]
     print(number, text)
+    await bare.send(1)  # type: ignore[call-arg]
+    await add.send(a=1, d=2)  # type: ignore[call-arg]
+    count: int = await (await shop.send(shout.call("a"))).result()  # type: ignore[assignment]
+    await add.options(delay="soon").send(1)  # type: ignore[arg-type]
+    millpond.Worker(shop, grase=5)  # type: ignore[call-arg]
+    millpond.RetryPolicy(bas=5.0)  # type: ignore[call-arg]
+    millpond.Retry(after="soon")  # type: ignore[arg-type]
+    shop.consumer("orders", run_in="fibre")  # type: ignore[arg-type]
+    shop.consumer("orders", concurency=5)  # type: ignore[call-arg]
+    shop.periodic("every 5m", catch_up="all")  # type: ignore[arg-type]
+    shop.task(run_in="fibre")  # type: ignore[call-overload]
+    print(count)
+
+
+@shop.task
+async def bare() -> None:
+    """A task without arguments."""
+
+
+class Late(millpond.Middleware):
+    """Its hooks do not take what they are given."""
+
+    async def before(self, message: millpond.Message) -> None:  # type: ignore[override]
+        """A handler begins."""

@@ -71,9 +71,10 @@ def purge(settings: Settings, queue: str, yes: bool) -> None:
 
     async def remove(pond: Pond) -> None:
         output = settings.output()
-        count = await settings.queue(pond, queue).purge()
+        target = settings.queue(pond, queue)
+        count = await target.purge()
         if output.json:
-            output.record({"queue": queue, "purged": count})
+            output.record({"namespace": target.namespace, "queue": target.name, "purged": count})
         else:
             output.line(f"{count} removed")
 
@@ -116,7 +117,9 @@ def discard_unreadable(settings: Settings, queue: str, messages: tuple[str, ...]
         for id in ids:
             await pond.discard_unreadable(queue, id, namespace=settings.namespace)
             if output.json:
-                output.record({"queue": queue, "message_id": id, "discarded": True})
+                target = settings.queue(pond, queue)
+                record = {"namespace": target.namespace, "queue": target.name, "message_id": id, "discarded": True}
+                output.record(record)
         if not output.json:
             output.line(f"{len(ids)} removed")
 

@@ -88,8 +88,8 @@ def receive(
                 if ack:
                     await message.ack()
         finally:
-            for message in messages[shown:]:
-                await message.defer()
+            # At once and each for itself: one whose lease is over does not keep the others from going back.
+            await from_queue.defer_many(messages[shown:])
         return len(messages)
 
     if not settings.run(take) and fail_empty:
@@ -302,7 +302,7 @@ class Answers:
         deliveries = []
         for number, line in batch:
             try:
-                deliveries.append(parse_delivery(line, queue.name))
+                deliveries.append(parse_delivery(line, queue.name, queue.namespace))
             except InvalidInput as wrong:
                 done = f"{self._done} answered before it" if self._done else "nothing was answered"
                 raise InvalidInput(f"line {number}: {wrong}; {done}") from wrong
@@ -335,7 +335,7 @@ class Answers:
         return error
 
 
-def parse_delivery(line: bytes, queue: str) -> Delivery:
+def parse_delivery(line: bytes, queue: str, namespace: str) -> Delivery:
     """A delivery from a line of ``receive --json``. Raises InvalidInput."""
     try:
         fields = json.loads(line)
@@ -350,4 +350,9 @@ def parse_delivery(line: bytes, queue: str) -> Delivery:
         )
     if fields.get("queue", queue) != queue:
         raise InvalidInput(f"message {message} was received from queue {fields['queue']!r}, not from {queue!r}")
+    if fields.get("namespace", namespace) != namespace:
+        raise InvalidInput(
+            f"message {message} was received in namespace {fields['namespace']!r}, not in {namespace!r}: give "
+            "--namespace"
+        )
     return Delivery(message, lease, token)

@@ -55,7 +55,9 @@ class Display:
             if self._line:
                 self._stderr.write(self._line)
                 self._stderr.flush()
-        except (BrokenPipeError, ValueError):  # nobody reads any more: that is no reason to stop the work
+        except (OSError, ValueError):
+            # Nobody reads any more, the terminal is gone, or the disk of a log is full. That is no reason to stop the
+            # work, still less to leave a message unanswered whose command is done.
             self._broken = True
 
     def draw(self, text: str) -> None:
@@ -71,7 +73,7 @@ class Display:
         try:
             self._stderr.write(line)
             self._stderr.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError):
             self._broken = True
 
     async def note(self, text: str) -> None:

@@ -116,9 +116,10 @@ def redrive(settings: Settings, queue: str, messages: tuple[str, ...], everythin
 
     async def send(pond: Pond) -> None:
         output = settings.output()
-        count = await settings.queue(pond, queue).dead_letters.redrive(ids)
+        target = settings.queue(pond, queue)
+        count = await target.dead_letters.redrive(ids)
         if output.json:
-            output.record({"queue": queue, "redriven": count})
+            output.record({"namespace": target.namespace, "queue": target.name, "redriven": count})
         else:
             output.line(f"{count} sent again")
 
@@ -142,9 +143,10 @@ def purge(settings: Settings, queue: str, messages: tuple[str, ...], everything:
 
     async def remove(pond: Pond) -> None:
         output = settings.output()
-        count = await settings.queue(pond, queue).dead_letters.purge(ids)
+        target = settings.queue(pond, queue)
+        count = await target.dead_letters.purge(ids)
         if output.json:
-            output.record({"queue": queue, "purged": count})
+            output.record({"namespace": target.namespace, "queue": target.name, "purged": count})
         else:
             output.line(f"{count} removed")
 

@@ -29,7 +29,11 @@ BATCH_LINES = 500
 @option(
     "--file", environment=False, type=click.Path(), help="Queue this file's bytes; with --lines, its lines. - is stdin."
 )
-@option("--lines", is_flag=True, help="One message a line, from stdin or --file; line ends are not part of it.")
+@option(
+    "--lines",
+    is_flag=True,
+    help="One message a line, from stdin or --file, without its line feed; a carriage return stays.",
+)
 @option("--null", "-0", "null", is_flag=True, help="With --lines: items end with a NUL byte, as find -print0 writes.")
 @option("--skip-empty", is_flag=True, help="With --lines: leave out empty lines (they are messages otherwise).")
 @option("--dedup-lines", is_flag=True, help="With --lines: each line's SHA-256 is its dedup key; safe to run again.")

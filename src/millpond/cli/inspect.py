@@ -201,7 +201,8 @@ def _show_cost(output: Output, pond: Pond) -> None:
 def verify(settings: Settings) -> None:
     """Check the whole store and print what is wrong.
 
-    Reads every record and payload. Exit code 0 when all is well, 1 when something is not.
+    Reads every record and payload, and shows on a terminal how far it is. Exit code 0 when all is well, 1 when
+    something is not.
 
     Of a bucket it first finds out by trying what its storage can do, and how fast, with some hundred requests.
     """
@@ -213,8 +214,14 @@ def verify(settings: Settings) -> None:
         raise click.exceptions.Exit(EXIT_ERROR)
 
     async def check(pond: Pond) -> int:
+        from millpond.cli.display import Display
+
         output = settings.output()
-        problems = await pond.verify()
+        display = Display(progress=not settings.quiet)
+        try:
+            problems = await pond.verify(progress=lambda count: display.draw(f"{count:,} messages checked"))
+        finally:
+            await display.close()
         for problem in problems:
             if output.json:
                 output.record({"where": problem.where, "what": problem.what})

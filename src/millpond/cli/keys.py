@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @option("--id", "key_id", environment=False, help="Name of the key; default a random one.")
 @option("--output", "-o", type=click.Path(dir_okay=False), environment=False,
-        help="Append it to this keyring file, which is made readable by its owner alone.")  # fmt: skip
+        help="Append it to this keyring file; a new one can be read by its owner alone.")  # fmt: skip
 @pass_settings
 def keygen(settings: Settings, key_id: str | None, output: str | None) -> None:
     """Make a new root key.
@@ -54,7 +54,7 @@ def rekey(settings: Settings) -> None:
     Work goes on meanwhile; running it again finishes what was interrupted. Afterwards the older keys may go from the
     keyring.
     """
-    if settings.load_keyring() is None:
+    if not settings.has_keyring:
         raise click.UsageError("no keyring: give --keyring, MILLPOND_KEYRING_FILE or MILLPOND_KEYRING")
 
     async def rewrite(pond: Pond) -> None:

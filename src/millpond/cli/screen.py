@@ -108,7 +108,9 @@ class View:
     def _queues(self, room: int) -> Table:
         table = Table(box=None, header_style="bold", pad_edge=False, expand=True)
         table.add_column("queue", overflow="ellipsis", no_wrap=True, ratio=1)
-        for name in ("ready", "±/s", "delayed", "leased", "blocked", "dead", "oldest", "state"):
+        counted = any(one.counts.enqueued is not None for one in self.snapshot.queues)
+        rates = ("in/s", "out/s") if counted else ("±/s",)
+        for name in ("ready", *rates, "delayed", "leased", "blocked", "dead", "oldest", "state"):
             table.add_column(name, justify="right", no_wrap=True)
         queues = self.snapshot.queues
         first = max(0, min(self.chosen - room // 2, len(queues) - room))
@@ -117,7 +119,9 @@ class View:
             name = one.queue if one.namespace == "default" else f"{one.namespace}/{one.queue}"
             table.add_row(
                 one_line(name),
-                *(str(counts.ready), _signed(one.change), str(counts.delayed), str(counts.leased), str(counts.blocked)),
+                str(counts.ready),
+                *((_rate(one.enqueued_rate), _rate(one.done_rate)) if counted else (_signed(one.change),)),
+                *(str(counts.delayed), str(counts.leased), str(counts.blocked)),
                 Text(str(counts.dead), style="red" if counts.dead else ""),
                 "" if counts.oldest_age is None else format_duration(round(counts.oldest_age)),
                 {True: "paused", False: "", None: "policy unreadable"}[one.paused],
@@ -151,6 +155,12 @@ class View:
 
 def _signed(change: float | None) -> str:
     return "" if change is None or round(change, 1) == 0 else f"{change:+.1f}"
+
+
+def _rate(rate: float | None) -> str:
+    if rate is None or round(rate, 1) == 0:
+        return ""
+    return f"{rate:.1f}" if rate < 100 else f"{rate:,.0f}"
 
 
 class Screen:

@@ -61,9 +61,14 @@ class Settings:
         token = os.environ.get("MILLPOND_TOKEN") if self.store.lower().startswith(("http://", "https://")) else None
         return millpond.connect(self.store, keyring=self.load_keyring(), token=token or None)
 
+    @property
+    def has_keyring(self) -> bool:
+        """A keyring was named; it is not read for that."""
+        return self.keyring is not None or bool(os.environ.get("MILLPOND_KEYRING"))
+
     def load_keyring(self) -> Keyring | None:
         """The keyring of ``--keyring``, else of MILLPOND_KEYRING, else None. Raises InvalidInput, OSError."""
-        if self.keyring is None and not os.environ.get("MILLPOND_KEYRING"):
+        if not self.has_keyring:
             return None
         from millpond.crypto.keyring import Keyring
 

@@ -36,6 +36,10 @@ class QueueSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """By how many messages a second it has grown since the snapshot before (less than 0: shrunk)."""
     dead_change: float | None = None
     """The same for its dead letters."""
+    enqueued_rate: float | None = None
+    """Messages enqueued per second since then; None where the store does not count them (a bucket)."""
+    done_rate: float | None = None
+    """Messages that left for good: acked, or (rarely) expired, purged, discarded. None as above."""
 
     @property
     def waiting(self) -> int:
@@ -87,15 +91,34 @@ async def take(
         one = QueueSnapshot(namespace=at, queue=name, counts=counts, paused=paused)
         last = earlier.get((at, name))
         if last is not None and passed < SHORTEST:
-            one = msgspec.structs.replace(one, change=last.change, dead_change=last.dead_change)
-        elif last is not None:
             one = msgspec.structs.replace(
                 one,
-                change=(one.waiting - last.waiting) / passed,
-                dead_change=(counts.dead - last.counts.dead) / passed,
+                change=last.change,
+                dead_change=last.dead_change,
+                enqueued_rate=last.enqueued_rate,
+                done_rate=last.done_rate,
             )
+        elif last is not None:
+            one = _changed(one, last, passed)
         found.append(one)
     return Snapshot(at=now, queues=tuple(found), left_out=max(0, len(shown) - QUEUES))
+
+
+def _changed(one: QueueSnapshot, last: QueueSnapshot, passed: float) -> QueueSnapshot:
+    """With its rates: what came is counted by the store, and what did not stay has gone."""
+    grown, buried = one.waiting - last.waiting, one.counts.dead - last.counts.dead
+    came = None
+    if one.counts.enqueued is not None and last.counts.enqueued is not None:
+        came = one.counts.enqueued - last.counts.enqueued
+        if came < 0:  # an emptied queue may have been forgotten, and counted anew
+            came = None
+    return msgspec.structs.replace(
+        one,
+        change=grown / passed,
+        dead_change=buried / passed,
+        enqueued_rate=None if came is None else came / passed,
+        done_rate=None if came is None else max(0, came - grown - buried) / passed,
+    )
 
 
 async def details(pond: Pond, one: QueueSnapshot) -> Details:
@@ -144,6 +167,8 @@ def record(one: QueueSnapshot, more: Details) -> dict[str, Any]:
         "paused": one.paused,
         "change": one.change,
         "dead_change": one.dead_change,
+        "enqueued_rate": one.enqueued_rate,
+        "done_rate": one.done_rate,
         "owners": [
             {"owner": who, "messages": number, "lease_ends_in": round(ends, 3)} for who, number, ends in more.owners
         ],

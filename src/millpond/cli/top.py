@@ -28,7 +28,9 @@ THRIFTY_INTERVAL = 30.0
 def top(settings: Settings, queues: tuple[str, ...], interval: float | None, once: bool, internal: bool) -> None:
     """Watch the queues, or those named.
 
-    Depths, how fast they change, ages, who holds messages, errors and dead letters. Keys: up and down choose a queue, p
+    Depths, messages a second that come (in/s) and leave for good (out/s: acked, or expired or purged), ages, who holds
+    messages, errors and dead letters. A bucket does not count what comes, so there it is by how many a queue grows or
+    shrinks a second (±/s). Rates are those since the look before. Keys: up and down choose a queue, p
     pauses or resumes it, r redrives its dead letters, i shows internal queues, q ends. Who holds what, and errors, are
     those of the oldest 500 messages of a queue.
 

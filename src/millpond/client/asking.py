@@ -42,6 +42,9 @@ class Asking:
         self.clock = clock
         self.ids = ids
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writer = ""
+        """What this client calls itself in writes of states; from the first on."""
+        self._writes = 0
 
     async def close(self) -> None:
         """Wait until what came for calls that were cancelled has been given back."""

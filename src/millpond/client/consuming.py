@@ -2,8 +2,9 @@
 
 What is decided here is what the refusal of an answer means whose first try got no reply. An ack, nack, defer or bury
 that is repeated is refused (`LeaseLost`) if the first try was carried out. While its lease lasts nobody else may answer
-for the message, so that the refusal proves that it was, and the repetition counts as done. Once the lease may have
-ended, somebody else's answer may be the reason, and the caller is told `LeaseLost`.
+for the message, so that the refusal proves that it was, and the repetition counts as done; of an ack it is also looked
+whether the message is gone, because the server's clock may have been set, or an operator have moved it. Once the lease
+may have ended, somebody else's answer may be the reason, and the caller is told `LeaseLost`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from millpond.client import records, streaming
 from millpond.client.asking import decoder, encode, read
 from millpond.client.asking import key as queue_key
 from millpond.client.producing import Producing, receipts, whole
-from millpond.client.records import NEVER, Held
+from millpond.client.records import NEVER, Held, Moment
 from millpond.client.streaming import Frames
 from millpond.client.transport import Attempt
 from millpond.errors import LeaseLost, MessageNotFound, MillpondError
@@ -49,6 +50,9 @@ POLL = 20.0
 """Seconds of one long poll; who waits for longer asks again. Proxies give up on silence after 30 to 60 seconds."""
 GIVE_BACK = 2.0
 """Seconds for which the answer to a receive that was cancelled is still read, to give back what it brings."""
+
+REMOVING = frozenset({"ack", "hand-off"})
+"""Answers after which the message is gone."""
 
 _deliveries = decoder(native.Deliveries)
 _results = decoder(native.Results)
@@ -124,7 +128,7 @@ class Consuming(Producing):
 
     async def _poll(self, body: Callable[[], bytes], wait: float) -> list[Delivery]:
         attempt = Attempt()
-        asked = self.clock.monotonic()
+        asked = Moment.now(self.clock)
         call = asyncio.ensure_future(
             self.transport.call("/v1/queue/receive", body, attempt=attempt, wait=wait, changes=False)
         )
@@ -179,29 +183,48 @@ class Consuming(Producing):
                         _doubt(deliveries[index], verb)
                     raise
                 for index, result in zip(some, found.results, strict=True):
-                    outcome[index] = self._settled(verb, deliveries[index], result, attempt)
+                    outcome[index] = await self._settled(verb, deliveries[index], result, attempt)
         return outcome
 
-    def _settled(
+    async def _settled(
         self, verb: str, delivery: Delivery, result: native.Result, attempt: Attempt
     ) -> native.Result | MillpondError:
         if result.error is None:
             return result
         error = faults.exception(0, result.error.error, result.error.detail)
-        return self._judge(verb, delivery, error, attempt) or native.Result(delivery.id)
+        return await self._judge(verb, delivery, error, attempt) or native.Result(delivery.id)
 
-    def _judge(self, verb: str, delivery: Delivery, error: MillpondError, attempt: Attempt) -> MillpondError | None:
+    async def _judge(
+        self, verb: str, delivery: Delivery, error: MillpondError, attempt: Attempt
+    ) -> MillpondError | None:
         """What the refusal of an answer means: None when it proves that an earlier try was carried out."""
         if not isinstance(error, LeaseLost) or verb == "extend":
             return error
-        if not attempt.unsure and getattr(delivery, "unsure", None) != verb:
+        earlier = getattr(delivery, "unsure", None)
+        if not attempt.unsure and earlier is None:
             return error
-        if isinstance(delivery, Held) and self.clock.monotonic() < delivery.held_until:
+        # Of two kinds of answers that got no reply, either may be the one that was carried out.
+        if (
+            isinstance(delivery, Held)
+            and earlier in (None, verb)
+            and not delivery.held_until.passed(self.clock)
+            and (verb not in REMOVING or await self._gone(delivery))
+        ):
             return None
         return LeaseLost(
             f"{error} (an earlier try of this {verb} got no reply, and the lease may have ended since: it may have "
             "been this answer that settled the message)"
         )
+
+    async def _gone(self, delivery: Delivery) -> bool:
+        """Whether the message is in the store no more; not, when that cannot be found out."""
+        try:
+            await self.load_state(delivery.namespace, delivery.queue, delivery.id)
+        except MessageNotFound:
+            return True
+        except MillpondError:  # it is no proof then, which is what the caller is told
+            pass
+        return False
 
     async def _answer_one(
         self, verb: str, path: str, delivery: Delivery, make: Callable[[Any], native.Request]
@@ -242,14 +265,15 @@ class Consuming(Producing):
         try:
             found = await self._ask("/v1/queue/handOff", request, receipts, attempt=attempt, changes=False)
         except LeaseLost as error:
-            refused = self._judge("hand-off", delivery, error, attempt)
+            refused = await self._judge("hand-off", delivery, error, attempt)
             if refused is not None:
                 raise refused from None
             delivery.record = None
             # The first try was carried out, and with it these were enqueued.
             return [Receipt(id, False) for _, _, id, _, _ in drafts]
         except BaseException:
-            # A repetition by the caller would have other successors: of it nothing can be inferred.
+            # A repetition by the caller has other successors: that they are there can never be inferred.
+            _doubt(delivery, "earlier hand-off")
             raise
         delivery.record = None
         return [
@@ -295,18 +319,28 @@ class Consuming(Producing):
 
     async def _extend(self, deliveries: Sequence[Delivery], seconds: float) -> list[native.Result | MillpondError]:
         extension = milliseconds(seconds, "an extension", positive=True)
-        asked = self.clock.monotonic()
+        asked = Moment.now(self.clock)
 
         def make(common: Any) -> native.Request:
             return native.ExtendBatchRequest(extend_by_ms=extension, **common)
 
-        outcomes = await self._answer("extend", "/v1/queue/extendBatch", deliveries, make)
+        try:
+            outcomes = await self._answer("extend", "/v1/queue/extendBatch", deliveries, make)
+        except BaseException:
+            for delivery in deliveries:
+                if isinstance(delivery, Held):  # it may have been carried out, and the lease be shorter now
+                    delivery.held_until = delivery.held_until.at_most(asked.after(extension))
+            raise
         for delivery, outcome in zip(deliveries, outcomes, strict=True):
             if isinstance(outcome, MillpondError) or outcome.lease_expires_at_ms is None:
                 delivery.record = None
+                if isinstance(delivery, Held):
+                    # A first try without a reply may have made the lease shorter, and somebody else have it by now.
+                    lost = isinstance(outcome, LeaseLost)
+                    delivery.held_until = NEVER if lost else delivery.held_until.at_most(asked.after(extension))
                 continue
             if isinstance(delivery, Held):
-                delivery.held_until = asked + extension / 1000
+                delivery.held_until = asked.after(extension)
             record = delivery.record or delivery.given
             if record is not None and record.status.lease is not None:
                 until = outcome.lease_expires_at_ms
@@ -328,7 +362,7 @@ class Consuming(Producing):
         try:
             await self.transport.call("/v1/queue/bury", encode(request), attempt=attempt, changes=False)
         except LeaseLost as lost:
-            refused = self._judge("bury", delivery, lost, attempt)
+            refused = await self._judge("bury", delivery, lost, attempt)
             if refused is not None:
                 raise refused from None
         except BaseException:
@@ -357,6 +391,7 @@ class Consuming(Producing):
             message=records.handle(delivery),
             value=encode_value(value, "the state")[1],
             etag=UNSET if etag == WHATEVER else etag,
+            **self._write(),
         )
         return (await self._ask("/v1/state/save", request, _saved)).etag
 
@@ -367,8 +402,17 @@ class Consuming(Producing):
             queue=delivery.queue,
             message=records.handle(delivery),
             etag=UNSET if etag == WHATEVER else etag,
+            **self._write(),
         )
         await self.transport.call("/v1/state/delete", encode(request))
+
+    def _write(self) -> dict[str, Any]:
+        """What tells a write of a state from others. A try whose reply did not come may still be on its way (the server
+        stands still), and must not be carried out after what is written next."""
+        if not self._writer:
+            self._writer = self.ids.random(12).hex()
+        self._writes += 1
+        return {"writer": self._writer, "number": self._writes}
 
     # Payloads
 
@@ -420,5 +464,5 @@ def _settle(deliveries: Sequence[Delivery], outcomes: list[native.Result | Millp
 
 def _doubt(delivery: Delivery, verb: str) -> None:
     """It is not known whether this answer was carried out; should the caller repeat it, that is remembered."""
-    if isinstance(delivery, Held):
-        delivery.unsure = verb
+    if isinstance(delivery, Held) and verb != "extend":
+        delivery.unsure = verb if delivery.unsure in (None, verb) else "several"

@@ -274,7 +274,11 @@ class Connection(asyncio.Protocol):
     def ask(self, request: bytes, *, stream: bool = False) -> asyncio.Future[Answer]:
         """Send a request; its answer, or an OSError. ``stream``: the body of a success is left to `chunk`."""
         self._streaming = stream
-        self._waiting = waiting = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        if self._lost is not None:  # between its opening and now; uvloop's transport raises something else
+            waiting.set_exception(self._lost)
+            return waiting
+        self._waiting = waiting
         self._transport.write(request)
         return waiting
 
@@ -314,7 +318,9 @@ class Connection(asyncio.Protocol):
     def hang_up(self) -> None:
         """Say that nothing more comes, and still read what is on its way; where it cannot do that (TLS), end it."""
         self.keep = False
-        if self._transport is not None and self._transport.can_write_eof():
+        if self._transport is None or self._transport.is_closing():
+            return  # nothing comes or goes any more; uvloop's raises when it is told again
+        if self._transport.can_write_eof():
             self._transport.write_eof()
         else:
             self.abort()

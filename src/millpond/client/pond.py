@@ -148,7 +148,7 @@ class RemotePond(Pond):
         """Not by way of a server, which collects by itself. Raises InvalidInput."""
         self._elsewhere("a pass of the collector")
 
-    async def verify(self) -> list[Problem]:
+    async def verify(self, *, progress: Callable[[int], object] | None = None) -> list[Problem]:
         """Not by way of a server. Raises InvalidInput."""
         self._elsewhere("verify")
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import UNSET
 
 from millpond.errors import InvalidInput
+from millpond.model.clock import Clock
 from millpond.service.config import QueuePolicy, Wishes, milliseconds
 from millpond.service.consuming import Delivery
 from millpond.service.ready import Record
 from millpond.stores.base import Box, Item, Mark, Requests
 from millpond.wire import faults, native
-
-NEVER = float("-inf")
 
 
 class Seen(Record, frozen=True):
@@ -22,11 +21,41 @@ class Seen(Record, frozen=True):
     state: str = ""
 
 
+class Moment(NamedTuple):
+    """A time by both of a client's clocks. The monotonic one stands still while a machine sleeps, the other may be set:
+    what has to be over by either is over."""
+
+    monotonic: float
+    wall: int
+    """ms UTC"""
+
+    @classmethod
+    def now(cls, clock: Clock) -> Moment:
+        """Now."""
+        return cls(clock.monotonic(), clock.now_ms())
+
+    def after(self, ms: int) -> Moment:
+        """So many milliseconds later."""
+        return Moment(self.monotonic + ms / 1000, self.wall + ms)
+
+    def at_most(self, other: Moment) -> Moment:
+        """The earlier of both, by each clock."""
+        return Moment(min(self.monotonic, other.monotonic), min(self.wall, other.wall))
+
+    def passed(self, clock: Clock) -> bool:
+        """It may be over."""
+        return clock.monotonic() >= self.monotonic or clock.now_ms() >= self.wall
+
+
+NEVER = Moment(float("-inf"), -1)
+"""Before everything."""
+
+
 class Held(Delivery):
     """A delivery, and what this client knows of its lease besides."""
 
-    held_until: float = NEVER
-    """The lease lasts at least as long, by this client's monotonic clock: counted from before it was asked for."""
+    held_until: Moment = NEVER
+    """The lease lasts at least as long: counted from before it was asked for."""
     unsure: str | None = None
     """The answer that was sent without a reply, and may have been carried out."""
     line: int = 0
@@ -55,8 +84,8 @@ def seen(view: native.MessageView) -> Seen:
     return Seen(_item(view), mark, native.head_of(view), native.status_of(view), None, view.state)
 
 
-def held(delivery: native.Delivery, asked: float) -> Held:
-    """The delivery, of a receive that was sent at ``asked`` (monotonic)."""
+def held(delivery: native.Delivery, asked: Moment) -> Held:
+    """The delivery, of a receive that was sent at ``asked``."""
     mark = Mark(delivery.etag, delivery.lease_expires_at_ms, True, delivery.expires_at_ms, Box.LIVE)
     record = Record(_item(delivery), mark, native.head_of(delivery), native.status_of(delivery), delivery.payload)
     trouble = delivery.trouble
@@ -71,7 +100,7 @@ def held(delivery: native.Delivery, asked: float) -> Held:
         record,
         False,
         None if trouble is None else faults.exception(0, trouble.error, trouble.detail),
-        held_until=asked + (delivery.lease_expires_at_ms - delivery.updated_at_ms) / 1000,
+        held_until=NEVER if asked is NEVER else asked.after(delivery.lease_expires_at_ms - delivery.updated_at_ms),
     )
 
 

@@ -58,6 +58,7 @@ class RemoteService(Consuming):
             bytes=found.bytes,
             # By this machine's clock, which is the one that the age will be taken from.
             oldest_due=None if age is None else self.clock.now_ms() - age,
+            enqueued=found.enqueued,
         )
 
     async def get_message(self, namespace: str | None, queue: str, id: str) -> Record:

@@ -12,7 +12,7 @@ import msgspec
 
 from millpond.client import records
 from millpond.client.asking import encode, read
-from millpond.client.records import Held
+from millpond.client.records import NEVER, Held, Moment
 from millpond.client.transport import Transport
 from millpond.errors import StoreClosed, StoreError, StoreUnreachable
 from millpond.model.clock import Clock
@@ -45,7 +45,7 @@ class Frames:
         self._buffer = bytearray()
         self._line = 0
         """Number of the connection."""
-        self._opened = 0.0
+        self._opened = NEVER
         self._begun = False
         """A frame has come over it."""
         self._brought = False
@@ -93,7 +93,7 @@ class Frames:
             self._check_closed()
         self._brought = False
         self._chunks = self._transport.listen("/v1/queue/stream", self._request, SILENCE)
-        self._opened = self._clock.monotonic()
+        self._opened = Moment.now(self._clock)
         self._line += 1
         self._begun = self.broken = False
         self._buffer.clear()

@@ -16,7 +16,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 from millpond.client.address import Address
 from millpond.client.lane import CLOSED, CONNECT_TIMEOUT, Answer, Connection, Lane
-from millpond.errors import MillpondError, OutcomeUnknown, StoreClosed, StoreError, StoreUnreachable
+from millpond.errors import (
+    InvalidInput,
+    LeaseLost,
+    MessageNotFound,
+    MillpondError,
+    OutcomeUnknown,
+    StateConflict,
+    StoreClosed,
+    StoreError,
+    StoreUnreachable,
+)
 from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.wire import faults
@@ -42,6 +52,8 @@ _SERVER_AWAY = frozenset({"node_passive", "shutdown_draining"})
 """Codes by which a server sends everybody to another one; nothing was done."""
 _LATER = frozenset({"throttled"})
 """Codes by which a server puts off this one call; nothing was done."""
+_OF_THE_CALL = (InvalidInput, LeaseLost, MessageNotFound, StateConflict)
+"""Refusals that stand, whatever became of an earlier try."""
 _PROXY = frozenset({502, 503, 504})
 """What a proxy answers of its own when the server behind it does not; something may have been done."""
 
@@ -290,7 +302,7 @@ class Transport:
                     opened.append((endpoint, link))
                 return answer
 
-            return await self._use(endpoint, link, min(limit, left), send)
+            return await self._use(endpoint, link, min(limit, left), send, leave=True)
 
         await self._persist(once, Attempt(), changes=False)
         [(endpoint, link)] = opened
@@ -371,15 +383,17 @@ class Transport:
                     if fault.error in _SERVER_AWAY:
                         endpoint.failed(clock.monotonic(), fault.error, later)
                         refusal = None
-                    elif fault.error not in _LATER:
+                    elif fault.error not in _LATER and not (attempt.unsure and changes and refusal.retryable):
+                        # (Who asks again soon may yet learn what became of an earlier try.)
                         endpoint.well()
-                        raise refusal
+                        raise self._refused(refusal, endpoint, attempt.unsure and changes)
             self._check_wanted(attempt)
             now = clock.monotonic()
             pause = self._pause(now, tries, later, refusal is not None)
             tries += 1
             if now + pause >= end:
-                raise self._exhausted(timeout, attempt.unsure and changes) if refusal is None else refusal
+                unsure = attempt.unsure and changes
+                raise self._exhausted(timeout, unsure) if refusal is None else self._refused(refusal, endpoint, unsure)
             if pause:
                 await self._sleep(pause)
                 now = clock.monotonic()
@@ -425,6 +439,17 @@ class Transport:
             return OutcomeUnknown(f"no answer came within {seconds}, and it may have been done ({said})")
         return StoreUnreachable(f"no server could do it within {seconds} ({said})")
 
+    @staticmethod
+    def _refused(refusal: MillpondError, endpoint: Endpoint, unsure: bool) -> MillpondError:
+        """What a refusal means to the caller: of this try it says that nothing was done, but not of one before it that
+        got no answer. What is wrong with the call itself was so then as well."""
+        if not unsure or isinstance(refusal, _OF_THE_CALL):
+            return refusal
+        return OutcomeUnknown(
+            f"{endpoint.url} refuses it now ({refusal}), but an earlier try got no answer, and may have been carried "
+            "out; look, and ask again if it was not"
+        )
+
     async def _sleep(self, seconds: float) -> None:
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         timer = self.io_clock.call_later(seconds, lambda: None if over.done() else over.set_result(None))
@@ -457,8 +482,10 @@ class Transport:
         send: Callable[[Lane, Connection], Awaitable[Answer]],
         *,
         fresh: bool = False,
+        leave: bool = False,
     ) -> Answer:
-        """A try on a connection to the server, which is kept if all went well. Raises _Trouble."""
+        """A try on a connection to the server, which is kept if all went well; ``leave``: that of a success is left to
+        the caller, who puts it back. Raises _Trouble."""
         self._check_open()
         lane = endpoint.lane
         if lane is None:
@@ -484,7 +511,9 @@ class Transport:
         finally:
             if timer is not None:
                 timer.cancel()
-        if connection.whole:
+        if not (leave and answer.status == 200):
+            # From here on it is another call's, and nothing that becomes of this one may end it.
+            link.connection = None
             lane.put_back(connection)
         return answer
 

@@ -30,11 +30,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Final, NewType
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-
+from millpond.crypto.ciphers import AESGCM, SHA256, HKDFExpand, InvalidTag
 from millpond.crypto.keyring import Keyring
 from millpond.errors import StoreMismatch, Tampered, UnknownKey
 
@@ -178,8 +174,8 @@ class Envelope:
         if sealed[:2] != MAGIC:
             if looks_plain(sealed):
                 raise StoreMismatch(
-                    "is not encrypted, but the store was opened with a keyring: open it without one, or encrypt it "
-                    "with rekey"
+                    "is not encrypted, but the store was opened with a keyring: open it without one, or encrypt it: "
+                    "connect(…, keyring=…, accept_plain=True), then rekey(encrypt_plain=True)"
                 )
             raise Tampered("is not a ciphertext: it was changed, or written without a keyring")
         if len(sealed) < 4 or len(sealed) < 4 + sealed[3] + NONCE_BYTES + _TAG_BYTES:

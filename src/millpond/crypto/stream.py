@@ -24,9 +24,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-
+from millpond.crypto.ciphers import AESGCM, InvalidTag
 from millpond.crypto.envelope import context, derive
 from millpond.errors import StoreMismatch, Tampered
 

@@ -47,6 +47,11 @@ class SystemClock:
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
+def cpu_seconds() -> float:
+    """Seconds for which this process has computed, on all cores together."""
+    return time.process_time()
+
+
 class CorrectedClock:
     """A clock whose wall time is set right by an offset that is asked for each time; its timers are the inner one's.
 

@@ -22,7 +22,7 @@ from millpond.server.context import Call, Context
 from millpond.server.receiving import Wish
 from millpond.service.config import DEFAULT_OPTIONS
 from millpond.service.consuming import Delivery, HandOff
-from millpond.service.states import WHATEVER
+from millpond.service.states import WHATEVER, Write
 from millpond.stores.base import Box
 from millpond.wire import native
 from millpond.wire.faults import Refusal
@@ -194,15 +194,20 @@ async def state_save(call: Call, request: native.StateSaveRequest) -> native.Sta
     """Replace a message's workflow state, under its lease."""
     [delivery] = _held(call.context, request, [request.message])
     etag = WHATEVER if request.etag is UNSET else request.etag
-    return native.StateSaved(await call.context.pond.service.save_state(delivery, request.value, etag=etag))
+    service = call.context.pond.service
+    return native.StateSaved(await service.save_state(delivery, request.value, etag=etag, write=_write(request)))
 
 
 async def state_delete(call: Call, request: native.StateDeleteRequest) -> native.Done:
     """Forget a message's workflow state, under its lease."""
     [delivery] = _held(call.context, request, [request.message])
     etag = WHATEVER if request.etag is UNSET else request.etag
-    await call.context.pond.service.delete_state(delivery, etag=etag)
+    await call.context.pond.service.delete_state(delivery, etag=etag, write=_write(request))
     return native.Done()
+
+
+def _write(request: native.StateSaveRequest | native.StateDeleteRequest) -> Write | None:
+    return Write(request.writer, request.number) if request.writer else None
 
 
 # Looking
@@ -239,6 +244,7 @@ async def counts(call: Call, request: native.QueueRequest) -> native.Counts:
         bytes=found.bytes,
         oldest_due_at_ms=oldest,
         oldest_age_ms=None if oldest is None else max(0, service.clock.now_ms() - oldest),
+        enqueued=found.enqueued,
     )
 
 

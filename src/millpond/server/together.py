@@ -225,8 +225,9 @@ class Together:
         answered = 0
         try:
             # Who comes by network comes turn by turn; the last of those that came at once is the one to wait for.
-            before = -1
-            while before != self._joined and len(members) < MOST:
+            # Where there is no end to them, of whatever kind, it is not waited for.
+            before, last = -1, self._joined + MOST
+            while before < self._joined < last and len(members) < MOST:
                 before = self._joined
                 await asyncio.sleep(0)
             self._close(key, members)
@@ -240,8 +241,8 @@ class Together:
                 member.call.correlation_id = id
             now = self.context.pond.clock.monotonic()
             for member, answer in zip(members, answers, strict=True):
-                answered += 1
                 self._answer(member, answer, now)
+                answered += 1
         finally:
             self._close(key, members)
             for member in members[answered:]:

@@ -349,7 +349,7 @@ class Claiming(Consuming):
         try:
             delivery.payload = await self.store.payload(item)
         except MillpondError as error:
-            delivery.trouble = error
+            delivery.trouble = type(error)(str(error))
 
     async def _undo_claims(self, plans: Sequence[Plan]) -> None:
         """A claim was cancelled while its write was under way: what it leased goes back at once, without a failure."""

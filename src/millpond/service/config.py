@@ -241,6 +241,10 @@ def check_count(value: Any, what: str) -> int:
     return min(int(value), MAX_COUNT)
 
 
+EXCEPTION_BYTES = 8 * 1024
+"""Of an exception's text that are kept: half of what an error may take, and more than anybody reads."""
+
+
 class Wishes(NamedTuple):
     """What a producer asks for, checked, in milliseconds; None = the queue's policy, then the pond's default."""
 
@@ -301,12 +305,24 @@ def _attributes(attributes: Any, limit: int | None) -> dict[str, Any] | None:
     return kept
 
 
+def exception_text(error: BaseException, limit: int | None = None) -> str:
+    """An exception by type and text, cut to what may be kept. Who nacks with what was raised to him cannot know what is
+    in it; it must not keep the failure from being counted."""
+    try:
+        text = str(error)
+    except Exception as broken:  # the user's own __str__, which may raise anything
+        text = f"(its text cannot be had: {type(broken).__name__})"
+    most = EXCEPTION_BYTES if limit is None else max(0, min(EXCEPTION_BYTES, limit - 5))  # 5: MessagePack's own
+    return f"{type(error).__name__}: {text}".encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
+
+
 def error_value(error: Any, limit: int | None = None) -> Any:
-    """A consumer's error as it is kept: an exception by type and text. Raises InvalidInput, TooLarge."""
+    """A consumer's error as it is kept: an exception by type and the beginning of its text. Raises InvalidInput,
+    TooLarge."""
     if error is None:
         return None
     if isinstance(error, BaseException):
-        error = f"{type(error).__name__}: {error}"
+        error = exception_text(error, limit)
     encoded, plain = encode_value(error, "the error")
     if limit is not None and len(encoded) > limit:
         raise TooLarge(f"the error takes {len(encoded)} bytes, more than the limit of {limit}; shorten it")

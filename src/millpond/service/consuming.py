@@ -39,8 +39,11 @@ from millpond.stores.base import Conflict, Item, Op, Outcome, Remove, Removed, U
 log = logging.getLogger("millpond.service")
 
 
-class Delivery(msgspec.Struct, eq=False, weakref=True):
-    """One delivery of a message, and the right to answer for it."""
+class Delivery(msgspec.Struct, eq=False, gc=False):
+    """One delivery of a message, and the right to answer for it.
+
+    The garbage collector does not look at these (it had 3 % of a batch's time), so nothing in one may lead back to
+    it: an exception is kept without its traceback, whose frames do."""
 
     namespace: str
     queue: str
@@ -56,7 +59,7 @@ class Delivery(msgspec.Struct, eq=False, weakref=True):
     intact: bool = False
     """The payload has met its checksum."""
     trouble: MillpondError | None = None
-    """Why the payload cannot be read, if it cannot."""
+    """Why the payload cannot be read, if it cannot; without a traceback. Raise a copy."""
     holder: Callable[[Delivery], object] | None = None
     """Told when its consumer has answered, or may not any more."""
 

@@ -33,8 +33,13 @@ Source = bytes | bytearray | memoryview | Payload | BinaryIO | Iterator[bytes] |
 
 
 def text(value: str) -> Payload:
-    """Text as a payload, in UTF-8."""
-    return Payload(value.encode(), TEXT)
+    """Text as a payload, in UTF-8. Raises InvalidInput for what is no text, or has half of a surrogate pair in it."""
+    if not isinstance(value, str):
+        raise InvalidInput(f"millpond.text takes text, not {type(value).__name__}")
+    try:
+        return Payload(value.encode(), TEXT)
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"this text has no UTF-8: {error}") from error
 
 
 def json(value: Any) -> Payload:
@@ -64,7 +69,7 @@ def decode(data: bytes, content_type: str | None, type: type[T]) -> T:
         if content_type == MSGPACK:
             return msgspec.msgpack.decode(data, type=type)
         return msgspec.json.decode(data, type=type)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # the last for what is nested too deeply
         raise InvalidInput(f"the payload is not a valid {getattr(type, '__name__', type)}: {error}") from error
 
 

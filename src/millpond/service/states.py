@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -28,6 +28,15 @@ WHATEVER: Final = "*"
 """In place of an ETag: the caller holds the lease and wants its value to stand whatever was there."""
 
 
+class Write(NamedTuple):
+    """Which write of a state this is, where one may be carried out late, and more than once: by way of a server."""
+
+    writer: str
+    """Who writes; chance."""
+    number: int
+    """Grows with each of his writes."""
+
+
 class StateDocument(msgspec.Struct, frozen=True):
     """A message's workflow state as stored."""
 
@@ -39,15 +48,30 @@ class StateDocument(msgspec.Struct, frozen=True):
     """One more with each write while the document lives; 1 also in one from before it was counted."""
 
 
+class _Numbered(StateDocument, frozen=True):
+    """The same, with the `Write` that it is from."""
+
+    writer: str = ""
+    """Nothing where it is from no such write."""
+    number: int = 0
+
+
 class StateResult(msgspec.Struct, frozen=True):
     """A state document and its ETag."""
 
     document: StateDocument
     etag: str
+    write: Write | None = None
+    """Which write it is from, if it is from one that has a number."""
+
+    def later_than(self, write: Write | None) -> bool:
+        """It is from a later write of the same writer, or from this one."""
+        own = self.write
+        return write is not None and own is not None and own.writer == write.writer and own.number >= write.number
 
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(StateDocument)
+_decoder = msgspec.msgpack.Decoder(_Numbered)
 
 
 class States(Claiming):
@@ -64,7 +88,10 @@ class States(Claiming):
             raise StoreCorrupt(f"{name} cannot be decoded: {error}") from error
         if document.format > STATE_FORMAT:
             raise StoreMismatch(f"{name} has format {document.format}; this Millpond reads up to {STATE_FORMAT}")
-        return StateResult(document, found.etag)
+        write = Write(document.writer, document.number) if document.writer else None
+        created, updated = document.created_at, document.updated_at
+        plain = StateDocument(document.format, document.value, created, updated, document.version)
+        return StateResult(plain, found.etag, write)
 
     async def load_state(self, namespace: str | None, queue: str, id: str) -> StateResult | None:
         """The message's state; None when it has none. Raises MessageNotFound."""
@@ -100,11 +127,15 @@ class States(Claiming):
         delivery.record = record
         return record
 
-    async def save_state(self, delivery: Delivery, value: Any, *, etag: str | None = WHATEVER) -> str:
+    async def save_state(
+        self, delivery: Delivery, value: Any, *, etag: str | None = WHATEVER, write: Write | None = None
+    ) -> str:
         """Write the state under the delivery's lease; its new ETag.
 
-        ``etag``: the version to replace, None for "there is none yet", `WHATEVER` for any. Raises LeaseLost,
-        StateConflict (nothing changed), InvalidInput, TooLarge."""
+        ``etag``: the version to replace, None for "there is none yet", `WHATEVER` for any. ``write``: if the state is
+        from a later write of the same writer, or from this very one, an unconditional save leaves it: of what came in
+        another order than it was sent, the last one sent stands. Raises LeaseLost, StateConflict (nothing changed),
+        InvalidInput, TooLarge."""
         limit = self.config.max_state_bytes
         raw = msgspec.Raw(codec.encode_value(value, "the state")[0])
         for _ in range(ATTEMPTS):
@@ -113,19 +144,27 @@ class States(Claiming):
             existing = await self._state_of(record)
             expect = etag
             if etag == WHATEVER:
+                if existing is not None and existing.later_than(write):
+                    return existing.etag
                 expect = existing.etag if existing else None
             created = existing.document.created_at if existing else now
             version = existing.document.version + 1 if existing else 1
-            data = _encoder.encode(StateDocument(STATE_FORMAT, raw, created, now, version))
-            if len(data) > limit:
-                raise TooLarge(f"the state takes {len(data)} bytes, more than the limit of {limit}")
+            document = StateDocument(STATE_FORMAT, raw, created, now, version)
+            own = 0
+            if write is not None:
+                own = len(_encoder.encode(write._asdict())) - 1  # not the caller's, so not of what he may take
+                document = _Numbered(STATE_FORMAT, raw, created, now, version, *write)
+            data = _encoder.encode(document)
+            if len(data) - own > limit:
+                raise TooLarge(f"the state takes {len(data) - own} bytes, more than the limit of {limit}")
             written = await self._write_state(delivery, PutState(record.item, record.mark, expect, data), etag)
             if written is not None:
                 return written
         raise StoreError(f"the state of message {delivery.id} keeps changing; try again")
 
-    async def delete_state(self, delivery: Delivery, *, etag: str = WHATEVER) -> None:
-        """Delete the state under the delivery's lease; fine when there is none. Raises LeaseLost, StateConflict."""
+    async def delete_state(self, delivery: Delivery, *, etag: str = WHATEVER, write: Write | None = None) -> None:
+        """Delete the state under the delivery's lease; fine when there is none. ``write``: as for a save. Raises
+        LeaseLost, StateConflict."""
         for _ in range(ATTEMPTS):
             record = await self._held(delivery)
             existing = await self._state_of(record)
@@ -135,6 +174,8 @@ class States(Claiming):
                 # No write will tell whether the lease still is the current one.
                 delivery.record = None
                 await self._held(delivery)
+                return
+            if etag == WHATEVER and existing.later_than(write):
                 return
             expect = existing.etag if etag == WHATEVER else etag
             if await self._write_state(delivery, DropState(record.item, record.mark, expect), etag) is not None:

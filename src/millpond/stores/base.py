@@ -251,10 +251,18 @@ Op = Insert | Update | Remove | Reseal | PutState | DropState | PutDocument
 
 
 class Inserted(msgspec.Struct, frozen=True, gc=False):
-    """The record is in; ``item`` now has its key."""
+    """The record is in."""
 
-    item: Item
+    asked: Item
+    """As the insert had it, or with its key."""
     mark: Mark
+    key: int = 0
+    """Its key, unless ``asked`` has it: of a thousand inserts few are ever asked for what `item` makes of that."""
+
+    @property
+    def item(self) -> Item:
+        """The record's item, with its key."""
+        return msgspec.structs.replace(self.asked, key=self.key) if self.key else self.asked
 
 
 class Updated(msgspec.Struct, frozen=True, gc=False):
@@ -348,6 +356,9 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     """Payload bytes in the live box."""
     oldest_due: int | None
     """When the longest-waiting ready record became due (ms UTC)."""
+    enqueued: int | None = None
+    """Records that were inserted, whatever became of them, counted from some moment on: what tells a rate is the
+    difference of two of them. None where the store does not count."""
 
 
 class QueueName(NamedTuple):

@@ -142,8 +142,8 @@ class EncryptedStore:
                 return
             if not self.accept_plain and await self.inner.queues():
                 raise StoreMismatch(
-                    "this store is not encrypted, but was opened with a keyring: open it without one, or encrypt it "
-                    "with rekey"
+                    "this store is not encrypted, but was opened with a keyring: open it without one, or encrypt it: "
+                    "connect(…, keyring=…, accept_plain=True), then rekey(encrypt_plain=True)"
                 )
             # Whoever comes second reads what the first one wrote.
             await self._put_vault(Vault.new(self.envelope.random_bytes), None)

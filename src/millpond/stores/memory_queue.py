@@ -61,6 +61,8 @@ class QueueRecords:
         self.groups: dict[str, SortedSet[tuple[int, int]]] = {}
         """ordering group → (place, key) of its live records."""
         self.bytes = 0
+        self.inserted = 0
+        """Records that were ever inserted."""
         self.unique: dict[str, tuple[int, str]] = {}
         """unique key → (until, message id)."""
         self.document: bytes | None = None

@@ -431,6 +431,8 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     oldest_due_at_ms: int | None = None
     """When the longest-waiting ready message became ready."""
     oldest_age_ms: int | None = None
+    enqueued: int | None = None
+    """Messages that were enqueued, whatever became of them, counted from some moment on; null in a bucket."""
 
 
 class PeekRequest(Request, kw_only=True, frozen=True):
@@ -554,6 +556,11 @@ class StateSaveRequest(Request, kw_only=True, frozen=True):
     message: Handle
     value: Any
     etag: str | UnsetType | None = UNSET
+    writer: Annotated[str, Meta(max_length=64)] = ""
+    """Who saves: a name of chance that the client made for itself. With it, and without ``etag``, a save that comes
+    after a later one of the same writer (it was held up on its way, and sent again meanwhile) changes nothing."""
+    number: Count = 0
+    """Which of the writer's saves and deletions it is."""
 
 
 class StateDeleteRequest(Request, kw_only=True, frozen=True):
@@ -561,6 +568,9 @@ class StateDeleteRequest(Request, kw_only=True, frozen=True):
 
     message: Handle
     etag: str | UnsetType = UNSET
+    writer: Annotated[str, Meta(max_length=64)] = ""
+    """As for a save."""
+    number: Count = 0
 
 
 class StateAnswer(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,8 @@ from millpond.worker.hooks import Context
 
 if TYPE_CHECKING:
     from millpond.worker.threads import Call
+
+log = logging.getLogger("millpond.worker")
 
 Why = Literal["lost", "time", "stop"]
 """Why a handler was cancelled: the lease is gone, its time is up, or the worker leaves."""
@@ -64,6 +67,18 @@ class Job:
     def wants_lease(self) -> bool:
         """Its lease is to be renewed."""
         return self.why != "lost" and not self.answered
+
+    @property
+    def ending(self) -> bool:
+        """It is being answered for, or was."""
+        return self.settling or bool(self.answered)
+
+    def not_renewed(self, reason: str) -> None:
+        """Its lease could not be renewed just now."""
+        log.warning(
+            "millpond.worker.not_renewed",
+            extra={"queue": self.message.queue, "message_id": self.message.id, "reason": reason},
+        )
 
     def cancel(self, why: Why) -> None:
         """Have the handler end. The first reason counts."""

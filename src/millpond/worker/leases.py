@@ -9,7 +9,7 @@ Where there is no second pond (`Pond.twin`: memory, a store of one's own, a cloc
 worker's own loop (`LoopRenewals`), so that a handler that blocks it also stops them. In memory that loop is the only
 one on which anybody could take the message meanwhile, and `due_now` lets the worker renew before it takes again.
 
-Each job is renewed when a third of its lease is over. Nothing is done per message before that: the thread sleeps until
+Each is renewed when a third of it is over. Nothing is done per message before that: the thread sleeps until
 the earliest that it knows of, and then looks at what is still held.
 """
 
@@ -22,14 +22,14 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from millpond.errors import LeaseLost, MillpondError
 from millpond.model.clock import Clock
 from millpond.pond import Pond
 from millpond.queue import Queue
 from millpond.worker.failures import REASON_LIMIT, clean
-from millpond.worker.jobs import Job
+from millpond.worker.renewing import Renewable, Renewer
 
 log = logging.getLogger("millpond.worker")
 
@@ -42,22 +42,14 @@ FIRST_PAUSE = 1.0
 LAST_WAIT = 5.0
 """Seconds for which the thread is waited for; it may be amid a call to a store that does not answer."""
 
-Lost = Callable[[Job, str], None]
+Lost = Callable[[Any, str], object]
 
 
-class Renewals(Protocol):
-    """Who renews."""
+class Renewals(Renewer, Protocol):
+    """Who renews, as the worker has it."""
 
-    due: float
-    """When it next looks, by the monotonic clock."""
     apart: bool
     """In a thread of its own."""
-
-    def watch(self, held: Callable[[], Iterable[Job]]) -> None:
-        """Also renew what this says is held."""
-
-    def expect(self, at: float) -> None:
-        """There is something to renew at ``at``, earlier than ``due``."""
 
     async def start(self) -> None:
         """Begin."""
@@ -72,20 +64,24 @@ class Renewals(Protocol):
 class _Round:
     """What both ways have in common: one look at what is held."""
 
-    def __init__(self, clock: Clock, lost: Lost) -> None:
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._lost = lost
-        self._sources: list[Callable[[], Iterable[Job]]] = []
+        self._sources: list[tuple[Callable[[], Iterable[Renewable]], Lost]] = []
 
-    def watch(self, held: Callable[[], Iterable[Job]]) -> None:
-        self._sources.append(held)
+    def watch(self, held: Callable[[], Iterable[Renewable]], lost: Lost) -> None:
+        """Also renew what ``held`` says is held, and tell ``lost`` what could not be."""
+        self._sources.append((held, lost))
 
-    def _held(self) -> list[Job]:
-        found: list[Job] = []
-        for source in self._sources:
+    def _tell(self, callback: Callable[..., object], *args: object) -> None:
+        """Call back, on the worker's loop."""
+        callback(*args)
+
+    def _held(self) -> list[tuple[Renewable, Lost]]:
+        found: list[tuple[Renewable, Lost]] = []
+        for source, lost in self._sources:
             while True:
                 try:
-                    found += list(source())
+                    found += [(one, lost) for one in list(source())]
                     break
                 except RuntimeError:  # the loop's thread took or settled something amid the copy; look again
                     continue
@@ -94,49 +90,46 @@ class _Round:
     async def _renew(self, pond: Pond, *, by_handle: bool) -> float:
         """Renew what is due; when the next is. ``by_handle``: the messages came by another pond."""
         now = self._clock.monotonic()
-        due: defaultdict[tuple[str, str, float], list[Job]] = defaultdict(list)
-        for job in self._held():
-            if job.renew_at <= now and job.wants_lease:
-                due[job.message.namespace, job.message.queue, job.span].append(job)
-        for (namespace, queue, span), jobs in due.items():
-            await self._extend(pond.queue(queue, namespace=namespace), span, jobs, by_handle)
-        return min((job.renew_at for job in self._held() if job.wants_lease), default=math.inf)
+        due: defaultdict[tuple[str, str, float], list[tuple[Renewable, Lost]]] = defaultdict(list)
+        for one, lost in self._held():
+            if one.renew_at <= now and one.wants_lease:
+                due[one.message.namespace, one.message.queue, one.span].append((one, lost))
+        for (namespace, queue, span), together in due.items():
+            await self._extend(pond.queue(queue, namespace=namespace), span, together, by_handle)
+        return min((one.renew_at for one, _ in self._held() if one.wants_lease), default=math.inf)
 
-    async def _extend(self, queue: Queue, span: float, jobs: list[Job], by_handle: bool) -> None:
+    async def _extend(self, queue: Queue, span: float, together: list[tuple[Renewable, Lost]], by_handle: bool) -> None:
         asked = self._clock.monotonic()
         messages = []
-        for job in jobs:
-            if by_handle and job.handle is None:
-                lease = job.message.lease
-                job.handle = queue.handle(job.message.id, lease.id, lease.token)
-            messages.append(job.message if job.handle is None else job.handle)
+        for one, _ in together:
+            if by_handle and one.handle is None:
+                lease = one.message.lease
+                one.handle = queue.handle(one.message.id, lease.id, lease.token)
+            messages.append(one.message if one.handle is None else one.handle)
         errors: list[MillpondError | None]
         try:
             errors = [answer.error for answer in await queue.extend_many(messages, span)]
         except MillpondError as failure:
-            errors = [failure] * len(jobs)
+            errors = [failure] * len(together)
         now = self._clock.monotonic()
-        for job, error in zip(jobs, errors, strict=True):
+        for (one, lost), error in zip(together, errors, strict=True):
             if error is None:
-                job.ends = asked + span
-                job.renew_at = asked + span / SHARE
-            elif job.settling or job.answered:
-                job.renew_at = now + span / RETRIES  # the answer and the renewal met
+                one.ends = asked + span
+                one.renew_at = asked + span / SHARE
+            elif one.ending:
+                one.renew_at = now + span / RETRIES  # the answer and the renewal met
             elif isinstance(error, LeaseLost):
-                job.renew_at = now + span
-                self._lost(job, str(error))
+                one.renew_at = now + span
+                self._tell(lost, one, str(error))
             else:
-                self._failed(job, now, error)
+                self._failed(one, lost, now, error)
 
-    def _failed(self, job: Job, now: float, error: MillpondError) -> None:
-        job.renew_at = now + job.span / RETRIES
+    def _failed(self, one: Renewable, lost: Lost, now: float, error: MillpondError) -> None:
+        one.renew_at = now + one.span / RETRIES
         reason = clean(str(error), REASON_LIMIT)
-        log.warning(
-            "millpond.worker.not_renewed",
-            extra={"queue": job.message.queue, "message_id": job.message.id, "reason": reason},
-        )
-        if now >= job.ends and not job.settling:
-            self._lost(job, f"the lease ran out while it could not be renewed: {reason}")
+        one.not_renewed(reason)
+        if now >= one.ends and not one.ending:
+            self._tell(lost, one, f"the lease ran out while it could not be renewed: {reason}")
 
 
 class LoopRenewals(_Round):
@@ -144,9 +137,8 @@ class LoopRenewals(_Round):
 
     apart = False
 
-    def __init__(self, pond: Pond, lost: Lost) -> None:
-        """``lost`` is told of leases that are gone."""
-        super().__init__(pond.clock, lost)
+    def __init__(self, pond: Pond) -> None:
+        super().__init__(pond.clock)
         self._pond = pond
         self.due = math.inf
         self._wake = asyncio.Event()
@@ -195,12 +187,10 @@ class ThreadRenewals(_Round):
 
     apart = True
 
-    def __init__(
-        self, twin: Callable[[], Pond | None], clock: Clock, lost: Lost, failed: Callable[[BaseException], None]
-    ) -> None:
-        """``lost`` and ``failed`` are called on the loop that starts this: a lease is gone; renewing cannot go on."""
+    def __init__(self, twin: Callable[[], Pond | None], clock: Clock, failed: Callable[[BaseException], None]) -> None:
+        """``failed`` is called on the loop that starts this: renewing cannot go on."""
+        super().__init__(clock)
         self._loop = asyncio.get_running_loop()
-        super().__init__(clock, lambda job, reason: self._tell(lost, job, reason))
         self._twin = twin
         self._fail = failed
         self.due = math.inf
@@ -284,9 +274,9 @@ class ThreadRenewals(_Round):
 
     def _cannot_open(self, error: MillpondError) -> float:
         now = self._clock.monotonic()
-        for job in self._held():
-            if job.renew_at <= now and job.wants_lease:
-                self._failed(job, now, error)
+        for one, lost in self._held():
+            if one.renew_at <= now and one.wants_lease:
+                self._failed(one, lost, now, error)
         return now + FIRST_PAUSE
 
     async def _sleep(self) -> None:

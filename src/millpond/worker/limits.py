@@ -11,6 +11,12 @@ that died. Nothing else is needed of a store, and `millpond stats` shows what is
   reached to nine tenths. In return the store is asked for `RATE_PERMITS` permits per period at most.
 
 A worker takes its permit first and its message then. Without a permit it takes no message, so a limit costs no attempt.
+
+Permits of a concurrency are renewed by whoever renews the leases of messages (`Renewer`), so that a handler which
+blocks the event loop keeps its permit as it keeps its message. An unused permit of a rate is renewed on the loop: lost,
+it costs nothing but the way to another.
+
+Consumers of one limit ask for permits one after the other, and processes make way for each other (`turns`).
 """
 
 from __future__ import annotations
@@ -28,7 +34,9 @@ from millpond.message import Message
 from millpond.model.names import queue_name
 from millpond.worker.hooks import Context, Middleware
 from millpond.worker.outcomes import Defer, Outcome
+from millpond.worker.renewing import Renewer
 from millpond.worker.source import Source
+from millpond.worker.turns import Turns
 
 if TYPE_CHECKING:
     from millpond.model.clock import Clock, TimerHandle
@@ -135,7 +143,13 @@ class Held:
         self.begun_until: float | None = None
         """Of a rate: until when (monotonic) its worth may be used, from the first use on."""
         self.timer: TimerHandle | None = None
+        """Of a renewal on the loop."""
+        self.kept = False
+        """It is to be kept: nobody has given it back yet."""
         self.lost = False
+        self.span = LEASE
+        self.ends = self.renew_at = pool.clock.monotonic() + LEASE / 3
+        self.handle: Message | None = None
         self.answering = asyncio.Lock()
         """Renewing, using and giving back come one after the other: the last of them to be written stands."""
         self._using: asyncio.Task[bool] | None = None
@@ -177,28 +191,50 @@ class Held:
         self.begun_until = self.pool.clock.monotonic() + (limit.span or START)
         return True
 
+    @property
+    def wants_lease(self) -> bool:
+        """As `Renewable`."""
+        return self.kept and not self.lost
+
+    @property
+    def ending(self) -> bool:
+        """As `Renewable`."""
+        return not self.kept
+
+    def not_renewed(self, reason: str) -> None:
+        """As `Renewable`."""
+        log.warning("millpond.limit.not_renewed", extra={"limit": self.pool.name, "reason": reason})
+
+    def gone(self, reason: str) -> None:
+        """It was lost."""
+        if self.kept and not self.lost:
+            self.lost = True
+            log.warning("millpond.limit.lost", extra={"limit": self.pool.name, "reason": reason})
+
     def renew(self) -> None:
         """Keep it until `stop`."""
-        self.timer = self.pool.clock.call_later(LEASE / 3, lambda: self.pool.spawn(self._extend()))
+        self.kept = True
+        if not self.pool.keep(self):
+            self.timer = self.pool.clock.call_later(LEASE / 3, lambda: self.pool.spawn(self._extend()))
 
     async def _extend(self) -> None:
         try:
             async with self.answering:
-                if self.timer is None:
+                if not self.kept:
                     return
                 await self.message.extend(LEASE)
         except LeaseLost as error:
-            self.lost = True
-            log.warning("millpond.limit.lost", extra={"limit": self.pool.name, "reason": str(error)})
+            self.gone(str(error))
             return
         except MillpondError as error:
-            # The lease lasts for two more tries.
-            log.warning("millpond.limit.not_renewed", extra={"limit": self.pool.name, "reason": str(error)})
-        if self.timer is not None:
+            self.not_renewed(str(error))  # The lease lasts for two more tries.
+        if self.kept:
             self.renew()
 
     def stop(self) -> None:
         """Renew it no longer."""
+        self.kept = False
+        self.pool.drop(self)
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
@@ -217,6 +253,33 @@ class Permits:
         self._open: list[Held] = []
         """Of a rate: those of which something is left."""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._renewer: Renewer | None = None
+        self._kept: dict[Held, None] = {}
+        """Renewed by ``_renewer``, from another thread."""
+
+    def renewed_by(self, renewer: Renewer) -> None:
+        """Have permits renewed by it, from the next one on, until `close`."""
+        if isinstance(self.limit, Concurrency):
+            self._renewer = renewer
+            renewer.watch(lambda: self._kept, Held.gone)
+
+    def keep(self, held: Held) -> bool:
+        """Have it renewed; False where nobody does that."""
+        renewer = self._renewer
+        if renewer is None:
+            return False
+        now = self.clock.monotonic()
+        until = held.message.lease.until_ms
+        left = LEASE if until is None else max(0.0, (until - self.clock.now_ms()) / 1000)
+        held.ends, held.renew_at = now + left, now + left - LEASE + LEASE / 3
+        self._kept[held] = None
+        if held.renew_at < renewer.due:
+            renewer.expect(held.renew_at)
+        return True
+
+    def drop(self, held: Held) -> None:
+        """Have it renewed no longer."""
+        self._kept.pop(held, None)
 
     @property
     def clock(self) -> Clock:
@@ -309,13 +372,16 @@ class Permits:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         self._open.clear()
+        self._kept.clear()
+        self._renewer = None
         self._made = False
 
 
 class Limiter(Middleware):
     """Limits on a consumer's handlers, over all processes: its gate, and around its handlers to see when they begin.
 
-    Made by `Pond.limit`. One may be given to several consumers of a queue: they share what it allows."""
+    Made by `Pond.limit`. One may be given to several consumers, of one queue or of several: they share what it allows,
+    and take turns."""
 
     def __init__(self, source: Source, name: str, limits: Sequence[Limit], *, namespace: str | None = None) -> None:
         if not limits:
@@ -332,6 +398,18 @@ class Limiter(Middleware):
         """Not needed just now."""
         self._spare_timer: TimerHandle | None = None
         self._source = source
+        self._renewer: Renewer | None = None
+        self._turns = Turns(source, name, namespace)
+        self._turn = asyncio.Lock()
+        """Who has it asks for permits. In order of coming: asyncio's locks are fair."""
+
+    def seat(self, queue: str, renewer: Renewer) -> Seat:
+        """As the consumer of one queue goes through it; ``renewer`` renews its permits."""
+        if self._renewer is None:
+            self._renewer = renewer
+            for pool in self._pools:
+                pool.renewed_by(renewer)
+        return Seat(self, queue)
 
     async def acquire(self, wanted: int, wait: float) -> list[list[Permit]]:
         """As many sets of one permit of each pool as there are, up to ``wanted``; [] when there is none in time."""
@@ -358,24 +436,44 @@ class Limiter(Middleware):
 
     # As a gate
 
-    async def admit(self, wanted: int) -> int:
-        """Wait until at least one handler may start; how many may."""
-        rows = self._spare[:wanted]
-        del self._spare[:wanted]
-        troubles = 0
-        while not rows:
-            try:
-                rows = await self.acquire(wanted, PATIENCE)
-            except FATAL:
-                raise
-            except MillpondError as error:
-                # An outage of the store is waited out, here as by the worker that waits for this.
-                seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(troubles, 20))
-                troubles += 1
-                self._told(error, seconds)
-                await self._pause(seconds)
+    async def admit(self, wanted: int, queue: str = "") -> int:
+        """Wait until at least one handler may start; how many may. ``queue``: for whose messages."""
+        since = self._source.clock.now_ms()
+        rows: list[list[Permit]] = []
+        if self._turn.locked():
+            self._let_go()  # What another consumer waits for is not to lie here.
+        async with self._turn:
+            troubles = 0
+            while not rows:
+                try:
+                    rows = await self._ask(wanted, queue, since)
+                except FATAL:
+                    raise
+                except MillpondError as error:
+                    # An outage of the store is waited out, here as by the worker that waits for this.
+                    seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(troubles, 20))
+                    troubles += 1
+                    self._told(error, seconds)
+                    await self._pause(seconds)
         self._waiting += rows
         return len(rows)
+
+    async def _ask(self, wanted: int, queue: str, since: int) -> list[list[Permit]]:
+        """Once: for what is spare, or the store has. Makes way for other queues that have waited for longer."""
+        turns = self._turns
+        older = await turns.older(queue, since)
+        if older:
+            self._let_go()
+            await self._pause(turns.hand_over)
+        elif self._spare:
+            rows = self._spare[:wanted]
+            del self._spare[:wanted]
+            return rows
+        # With others about, not for long: they are to be told, and may have been waiting for longer.
+        rows = await self.acquire(wanted, 0.0 if older else turns.announce if turns.shared else PATIENCE)
+        if not rows:
+            await turns.waiting(queue, since)
+        return rows
 
     def _told(self, error: MillpondError, pause: float) -> None:
         reason = f"{error} [{error.code}]"
@@ -393,11 +491,15 @@ class Limiter(Middleware):
         """So many did not start."""
         for _ in range(min(count, len(self._waiting))):
             self._spare.append(self._waiting.pop())
-        if self._spare and self._spare_timer is None:
+        if self._turn.locked():
+            self._let_go()
+        elif self._spare and self._spare_timer is None:
             self._spare_timer = self._source.clock.call_later(LINGER, self._let_go)
 
     def _let_go(self) -> None:
-        self._spare_timer = None
+        if self._spare_timer is not None:
+            self._spare_timer.cancel()
+            self._spare_timer = None
         while self._spare:
             self._release(self._spare.pop())
 
@@ -469,3 +571,26 @@ class Limiter(Middleware):
                 self._release(rows.pop())
         for pool in self._pools:
             await pool.close()
+        self._renewer = None
+        self._turns.forget()
+        self._turn = asyncio.Lock()  # The next worker may have another event loop.
+
+
+class Seat:
+    """A limit as the consumer of one queue goes through it."""
+
+    def __init__(self, limiter: Limiter, queue: str) -> None:
+        self._limiter = limiter
+        self._queue = queue
+
+    async def admit(self, wanted: int) -> int:
+        """As `Gate`."""
+        return await self._limiter.admit(wanted, self._queue)
+
+    def unused(self, count: int) -> None:
+        """As `Gate`."""
+        self._limiter.unused(count)
+
+    def ended(self, count: int) -> None:
+        """As `Gate`."""
+        self._limiter.ended(count)

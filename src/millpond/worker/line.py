@@ -32,11 +32,12 @@ from millpond.worker.binding import Bound, Unfit
 from millpond.worker.deciding import decide
 from millpond.worker.failures import REASON_LIMIT, clean, reason
 from millpond.worker.filling import fillers
-from millpond.worker.hooks import Context, Middleware
+from millpond.worker.hooks import Context, Gate, Middleware
 from millpond.worker.jobs import Job, pause
 from millpond.worker.leases import SHARE, Renewals
 from millpond.worker.outcomes import KINDS, Kind, Outcome
 from millpond.worker.processes import Processes
+from millpond.worker.renewing import Shared
 from millpond.worker.threads import Call, Threads
 
 log = logging.getLogger("millpond.worker")
@@ -88,7 +89,10 @@ class Line:
         self._after = overridden(middleware[::-1], "after")
         self._error = overridden(middleware[::-1], "error")
         self._settled = overridden(middleware[::-1], "settled")
-        self._gate = consumer.gate
+        gate: Any = consumer.gate
+        if isinstance(gate, Shared):
+            gate = gate.seat(f"{self._queue.namespace}/{self._queue.name}", renewals)
+        self._gate: Gate | None = gate
         self._threads = None if bound.run_in == "loop" else Threads(consumer.concurrency, consumer.name)
         self._processes = Processes(consumer) if bound.run_in == "process" else None
         self._fillers = fillers(bound, pond, self._queue)
@@ -112,7 +116,7 @@ class Line:
         """When messages were last asked for successfully (or the gate held them back), by the monotonic clock."""
         self.at_gate = False
         self.counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        renewals.watch(lambda: self.held)
+        renewals.watch(lambda: self.held, self.lost)
 
     @property
     def busy(self) -> bool:
@@ -404,7 +408,14 @@ class Line:
         if outcome.kind == "dead":
             # A character takes 4 bytes at most, and the encoding some more.
             text = outcome.reason[: max(1, self._pond.config.max_error_bytes // 8)]
-            await self._answer(job, "dead", lambda kept: message.bury(text, kept), outcome.error)
+
+            def shorten() -> bool:
+                # The limit is that of where the store is, and a server's may be less than this pond's.
+                nonlocal text
+                text, before = text[: max(1, len(text) // 2)], text
+                return text != before
+
+            await self._answer(job, "dead", lambda kept: message.bury(text, kept), outcome.error, shorten)
         elif outcome.kind == "defer":
             await self._answer(job, "defer", lambda kept: message.defer(outcome.delay))
         else:
@@ -432,9 +443,15 @@ class Line:
         )
 
     async def _answer(
-        self, job: Job, kind: Kind, answer: Callable[[Any], Awaitable[object]], error: Any = None
+        self,
+        job: Job,
+        kind: Kind,
+        answer: Callable[[Any], Awaitable[object]],
+        error: Any = None,
+        shorten: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Answer until it is stored, or there is nothing to answer for any more."""
+        """Answer until it is stored, or there is nothing to answer for any more. ``shorten``: what makes the answer
+        shorter besides leaving out the error; False when nothing does."""
         job.settling = True
         troubles = 0
         while job in self.held:
@@ -444,7 +461,9 @@ class Line:
                 await self._lose(job, str(refused))
             except TooLarge:
                 if error is None:
-                    raise
+                    if not shorten():
+                        raise
+                    continue
                 # What the pond's limit leaves room for: without the traceback, or nothing.
                 short = {"type": error["type"][:200], "message": error["message"][:200], "traceback": ""}
                 error = None if error == short else short

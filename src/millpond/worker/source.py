@@ -7,6 +7,7 @@ from typing import Protocol
 
 from millpond.model.clock import Clock
 from millpond.queue import Queue
+from millpond.stores.base import Capabilities
 from millpond.worker.hooks import Middleware
 
 
@@ -15,6 +16,10 @@ class Source(Protocol):
 
     clock: Clock
     middleware: list[Middleware]
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do."""
 
     def queue(self, name: str, *, namespace: str | None = None) -> Queue:
         """A queue by its name; no I/O."""

@@ -13,7 +13,8 @@ from millpond.errors import InvalidInput, StoreClosed
 from millpond.pond import Pond
 from millpond.worker.binding import Bound
 from millpond.worker.hooks import Middleware, Service
-from millpond.worker.jobs import Job, pause
+from millpond.worker.jobs import pause
+from millpond.worker.lag import Watchdog
 from millpond.worker.leases import LoopRenewals, Renewals, ThreadRenewals
 from millpond.worker.line import Line, overridden
 from millpond.worker.outcomes import KINDS
@@ -145,12 +146,14 @@ class Worker:
 
     async def _session(self) -> None:
         renewals = self._renewals()
+        watchdog = Watchdog()
         services: list[asyncio.Task[None]] = []
         self._lines = [
             Line(self.pond, bound, renewals, self._middleware, self._owner, self._fail) for bound in self._bound
         ]
         try:
             await renewals.start()
+            watchdog.start()
             await self._tell("start")
             log.info(
                 "millpond.worker.started",
@@ -171,18 +174,15 @@ class Worker:
             await self._cancel(services)
             for line in self._lines:
                 await line.close()
+            watchdog.stop()
             await renewals.stop()
             await self._tell("stop")
             log.info("millpond.worker.stopped", extra=self.counts())
 
     def _renewals(self) -> Renewals:
         if self.pond.twin() is not None:
-            return ThreadRenewals(self.pond.twin, self.pond.clock, self._lost, self._fail)
-        return LoopRenewals(self.pond, self._lost)
-
-    def _lost(self, job: Job, why: str) -> None:
-        for line in self._lines:
-            line.lost(job, why)
+            return ThreadRenewals(self.pond.twin, self.pond.clock, self._fail)
+        return LoopRenewals(self.pond)
 
     async def _tell(self, hook: str) -> None:
         for line in self._lines:

@@ -105,6 +105,8 @@ class ServedPond(RemotePond):
         raise AttributeError(name)
 
     async def open(self) -> Pond:
+        if self.is_open:  # a worker opens it again
+            return self
         await self.local.open()
         await self.server.start()
         self.transport.endpoints[0].url = self.server.url

@@ -178,7 +178,7 @@ async def test_without_the_lease_nothing_happens(world: World, event: Any, paylo
                 await message.ack(then=[("next", payload, {"dedup_key": "k"}), ("other", b"z")])
         assert await queue.counts() == before
         for name in ("next", "other"):
-            assert await pond.queue(name).counts() == (0, 0, 0, 0, 0, 0, None)
+            assert (await pond.queue(name).counts())[:7] == (0, 0, 0, 0, 0, 0, None)
         # The dedup key was not taken either.
         assert (await following.enqueue(b"y", dedup_key="k")).duplicate is False
         world.clock.advance(100_000)
@@ -220,7 +220,7 @@ async def test_one_bad_successor_stops_all(world: World) -> None:
         for bad in (5, True, "next"):
             with pytest.raises(InvalidInput):
                 await message.ack(then=bad)  # type: ignore[arg-type]
-        assert await pond.queue("next").counts() == (0, 0, 0, 0, 0, 0, None)
+        assert (await pond.queue("next").counts())[:7] == (0, 0, 0, 0, 0, 0, None)
         assert (await pond.queue("orders").get(message.id)).state == "leased"
         await message.ack(then=[("next", b"good")])
         assert (await pond.queue("next").counts()).ready == 1

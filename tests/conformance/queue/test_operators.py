@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 async def test_counts_in_every_state(world: World) -> None:
     async with world.pond() as pond, world.queue() as there:
         queue = pond.queue("orders")
-        assert await queue.counts() == (0, 0, 0, 0, 0, 0, None)
+        assert (await queue.counts())[:7] == (0, 0, 0, 0, 0, 0, None)
         await queue.enqueue(b"to be buried")
         await (await world.one(queue)).bury("hopeless")
         await queue.enqueue(b"1" * 10, priority=9)
@@ -29,15 +29,17 @@ async def test_counts_in_every_state(world: World) -> None:
         await queue.enqueue(b"7" * 300_000, delay=70)
         world.clock.advance(2.5)
         expected = QueueCounts(ready=3, delayed=2, leased=1, blocked=1, dead=1, bytes=321_210, oldest_age=2.5)
-        assert await queue.counts() == expected
-        assert await there.counts() == expected
+        for each in (queue, there):
+            counts = await each.counts()
+            assert counts._replace(enqueued=None) == expected
+            assert counts.enqueued == (None if world.store.startswith("objects") or world.corner else 8)
         # With time alone: a delay ends, then a lease, then another delay.
         world.clock.advance(47.5)
-        assert await queue.counts() == (4, 1, 1, 1, 1, 321_210, 50.0)
+        assert (await queue.counts())[:7] == (4, 1, 1, 1, 1, 321_210, 50.0)
         world.clock.advance(10)
-        assert await queue.counts() == (5, 1, 0, 1, 1, 321_210, 60.0)
+        assert (await queue.counts())[:7] == (5, 1, 0, 1, 1, 321_210, 60.0)
         world.clock.advance(10)
-        assert await there.counts() == (6, 0, 0, 1, 1, 321_210, 70.0)
+        assert (await there.counts())[:7] == (6, 0, 0, 1, 1, 321_210, 70.0)
         assert await pond.verify() == []
 
 

@@ -241,7 +241,9 @@ def test_discarding_needs_consent_and_a_choice(run: Run, broken: list[str]) -> N
 def test_discarding_removes_what_cannot_be_read_and_nothing_else(run: Run, broken: list[str]) -> None:
     run("verify", code=1)
     result = run("discard-unreadable", "q", "--all", "--yes", "--json")
-    assert lines(result) == [{"queue": "q", "message_id": id, "discarded": True} for id in broken[::2]]
+    assert lines(result) == [
+        {"namespace": "default", "queue": "q", "message_id": id, "discarded": True} for id in broken[::2]
+    ]
     assert f"{broken[0]}: " in result.stderr
     assert "[store_corrupt]" in result.stderr
     run("verify")

@@ -13,6 +13,8 @@ from millpond import testing
 from millpond.cli import snapshot
 from millpond.cli.screen import HELP, Screen, View, keys_in
 from millpond.errors import StoreBusy
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 
 
 async def fill(pond: testing.TestPond) -> None:
@@ -68,8 +70,64 @@ async def test_rates_are_told_from_two_snapshots() -> None:
         await pond.advance(4)
         second = await snapshot.take(pond, await names(pond), before=first)
         assert second.queues[0].change == 2.0
+        assert (second.queues[0].enqueued_rate, second.queues[0].done_rate) == (2.0, 0.0)
         again = await snapshot.take(pond, await names(pond), before=second)
-        assert again.queues[0].change == 2.0  # no time has passed
+        assert again.queues[0].change == again.queues[0].enqueued_rate == 2.0  # no time has passed
+
+
+async def test_what_comes_and_what_goes_is_told_apart_though_the_queue_stays_as_long_as_it_was() -> None:
+    """It once showed the net change alone: nothing at all for a queue that is worked off as fast as it fills."""
+    async with testing.pond() as pond:
+        queue = pond.queue("busy")
+        await queue.enqueue_many([b"x"] * 3)
+        first = await snapshot.take(pond, await names(pond))
+        for _ in range(10):
+            await queue.enqueue_many([b"x"] * 4)
+            for message in await queue.receive(4):
+                await message.ack()
+        [buried] = await queue.receive()
+        await buried.bury("hopeless")
+        await pond.advance(5)
+        second = await snapshot.take(pond, await names(pond), before=first)
+        [busy] = second.queues
+        assert (busy.change, busy.dead_change, busy.enqueued_rate, busy.done_rate) == (-0.2, 0.2, 8.0, 8.0)
+        view = View()
+        view.show(second, snapshot.Details())
+        text = drawn(view)
+        assert "in/s" in text
+        assert "out/s" in text
+        assert text.count("8.0") == 2
+        line = snapshot.record(busy, snapshot.Details())
+        assert (line["enqueued_rate"], line["done_rate"]) == (8.0, 8.0)
+
+
+async def test_where_the_store_counts_nothing_it_is_the_change_that_is_told() -> None:
+    clock = testing.ManualClock()
+    store = ObjectStore(MemoryBucket(clock=clock), clock=clock, measure_skew=False)
+    async with testing.pond(store=store, clock=clock) as pond:
+        first = await snapshot.take(pond, [("default", "q")])
+        await pond.queue("q").enqueue_many([b"x"] * 8)
+        await pond.advance(4)
+        second = await snapshot.take(pond, [("default", "q")], before=first)
+        [one] = second.queues
+        assert (one.change, one.enqueued_rate, one.done_rate) == (2.0, None, None)
+        view = View()
+        view.show(second, snapshot.Details())
+        assert "±/s" in drawn(view)
+        assert "out/s" not in drawn(view)
+
+
+async def test_a_queue_that_was_forgotten_and_counts_anew_has_no_rate_for_a_while() -> None:
+    async with testing.pond() as pond:
+        await pond.queue("q").enqueue_many([b"x"] * 8)
+        first = await snapshot.take(pond, [("default", "q")])
+        for message in await pond.queue("q").receive(8):
+            await message.ack()
+        await pond.collect()
+        await pond.queue("q").enqueue(b"x")
+        await pond.advance(4)
+        [one] = (await snapshot.take(pond, [("default", "q")], before=first)).queues
+        assert one.enqueued_rate is None or one.enqueued_rate == 0.25
 
 
 async def test_reads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+import uvloop
 from tests.conformance.queue.served import certificates
 
 from millpond import Pond, Queue
+from millpond.client.lane import Connection
 from millpond.client.pond import RemotePond
+from millpond.client.transport import Attempt
 from millpond.model.clock import ManualClock, SystemClock
 from millpond.server import tls
 from millpond.server.config import ServerConfig
@@ -130,3 +133,43 @@ async def test_other_calls_that_are_cancelled_disturb_nobody() -> None:
             await _cancel(call)
             id = f"0197a3c2-0000-7000-8000-{turns:012d}"
             assert await there.enqueue(b"whole", message_id=id) == (id, False), "that is another call's answer"
+
+
+def test_to_hang_up_where_the_server_has_done_so_before_is_nothing() -> None:
+    """uvloop's transports raise when they are told again, which would take the place of the cancellation."""
+
+    async def play() -> None:
+        loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        _, connection = await loop.create_connection(lambda: Connection(1000), "127.0.0.1", port)
+        try:
+            async with asyncio.timeout(10):
+                while connection._lost is None:
+                    await asyncio.sleep(0.001)
+                for _ in range(10):
+                    await asyncio.sleep(0)
+            connection.hang_up()
+            async with asyncio.timeout(10):
+                with pytest.raises(OSError):
+                    await connection.ask(b"x")
+        finally:
+            server.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(play())
+
+
+async def test_a_call_that_is_given_up_after_its_end_does_not_end_the_next_ones_connection() -> None:
+    async with ponds() as (_, remote):
+        queue = remote.queue("orders")
+        attempt = Attempt()
+        await remote.transport.call("/healthz", b"", attempt=attempt)
+        call = asyncio.ensure_future(queue.counts())
+        await asyncio.sleep(0)
+        attempt.give_up()
+        await call
+        assert remote.transport.failures == 0
+        lane = remote.transport.endpoints[0].lane
+        assert lane is not None
+        assert [connection.keep for connection in lane._idle] == [True]

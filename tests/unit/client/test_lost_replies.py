@@ -371,3 +371,137 @@ async def test_what_a_lost_receive_leased_comes_back_when_its_lease_ends() -> No
         at.clock.advance(10)
         [message] = await at.remote.receive()
         assert (message.payload, message.attempts) == (b"x", 2)
+
+
+REMOVING = ("ack", "hand-off", "ack_many")
+
+
+async def _refused(at: Lab, answer: str, message: Message) -> None:
+    path, act = ANSWERS[answer]
+    at.proxy.lose(path)
+    if answer.endswith("many"):
+        [done] = await act(message, at.remote)
+        assert isinstance(done.error, LeaseLost)
+    else:
+        with pytest.raises(LeaseLost):
+            await act(message, at.remote)
+    assert (await at.pond.queue("next").counts()).ready == 0
+
+
+@pytest.mark.parametrize("answer", REMOVING)
+async def test_an_ack_is_not_done_because_an_operator_moved_the_message(answer: str) -> None:
+    """The first try never arrived; the second is refused while the lease would still last."""
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        await at.pond.service.move_to_dlq(await at.pond.service.get_message(None, "orders", message.id))
+        await _refused(at, answer, message)
+        assert (await at.local.counts()).dead == 1
+
+
+@pytest.mark.parametrize("answer", REMOVING)
+async def test_an_ack_is_not_done_when_time_has_passed_that_only_the_wall_clock_knows_of(answer: str) -> None:
+    """A machine that slept: its monotonic clock stood still, and somebody else has done the work meanwhile."""
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        at.clock.jump(61)
+        [again] = await at.local.receive()
+        await again.ack()
+        await _refused(at, answer, message)
+
+
+async def test_an_extension_that_got_no_reply_may_have_made_the_lease_shorter() -> None:
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        at.proxy.drop("extendBatch")
+        task = asyncio.ensure_future(message.extend(5))
+        async with asyncio.timeout(10):
+            while not at.proxy.dropped:
+                await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        at.clock.advance(6)
+        [again] = await at.local.receive()
+        await again.ack()
+        await _refused(at, "ack", message)
+
+
+async def test_an_extension_that_was_refused_has_shown_that_the_lease_is_over() -> None:
+    """Its first try made the lease shorter, and was carried out; by the second the message was another's, and done."""
+    async with lab() as at:
+        message = await at.held(visibility=60)
+
+        async def work() -> None:
+            at.clock.advance(6)
+            [again] = await at.local.receive()
+            await again.ack()
+
+        at.proxy.between = work
+        at.proxy.drop("extendBatch")
+        with pytest.raises(LeaseLost):
+            await message.extend(5)
+        await _refused(at, "ack", message)
+
+
+async def _cancelled(at: Lab, answer: str, message: Message) -> None:
+    """It is carried out, but nobody is told."""
+    path, act = ANSWERS[answer]
+    before = at.proxy.dropped
+    at.proxy.drop(path)
+    task: asyncio.Future[Any] = asyncio.ensure_future(act(message, at.remote))
+    async with asyncio.timeout(10):
+        while at.proxy.dropped == before:
+            await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize("second", ["nack", "defer", "bury", "hand-off"])
+async def test_of_two_kinds_of_answers_without_a_reply_neither_is_told_to_be_done(second: str) -> None:
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        await _cancelled(at, "ack", message)
+        await _refused(at, second, message)
+
+
+async def test_a_second_hand_off_does_not_count_the_first_ones_successors_as_its_own() -> None:
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        await _cancelled(at, "hand-off", message)
+        at.proxy.lose("handOff")
+        with pytest.raises(LeaseLost):
+            await message.ack(then=[("next", b"z")])
+        [only] = await at.pond.queue("next").receive(9)
+        assert only.payload == b"y"
+
+
+async def test_a_save_that_was_held_up_on_its_way_does_not_undo_a_later_one() -> None:
+    """Its client has given up waiting for a server that stood still, saved by way of another, and gone on."""
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        remote = at.remote._service
+        requests: list[bytes] = []
+        call = remote.transport.call  # type: ignore[attr-defined]
+
+        async def note(path: str, body: Any, **options: Any) -> bytes:
+            requests.append(body)
+            return bytes(await call(path, body, **options))
+
+        remote.transport.call = note  # type: ignore[attr-defined]
+        await message.state.save({"step": 1})
+        first = requests.pop()
+        await message.state.save({"step": 2})
+        second = requests.pop()
+        for late in (first, second, first):
+            await call("/v1/state/save", late)
+        assert await message.state.load() == {"step": 2}
+        await message.state.delete()
+        deletion = requests.pop()
+        await message.state.save({"step": 3})
+        for late in (deletion, first):
+            await call("/v1/state/delete" if late is deletion else "/v1/state/save", late)
+        assert await message.state.load() == {"step": 3}
+        # The next holder is another writer, and writes what it likes.
+        at.clock.advance(61)
+        [again] = await at.local.receive()
+        await again.state.save({"step": 1})
+        assert await again.state.load() == {"step": 1}

@@ -199,3 +199,16 @@ async def test_what_has_no_form_at_all_is_refused_before_it_is_sent() -> None:
         with pytest.raises(InvalidInput):
             await queue.enqueue(bytes(MIB), attributes={"a": object()})
         assert remote.transport.requests == before
+
+
+async def test_a_payload_without_bytes_leaves_its_connection_to_one_call_only() -> None:
+    """It was put back twice, so that two calls had it at once, and each other's answers."""
+    async with behind_a_server() as (remote, queue):
+        await queue.enqueue(b"")
+        [view] = await queue.peek()
+        assert await view.payload() == b""
+        lane = remote.transport.endpoints[0].lane
+        assert lane is not None
+        assert len(lane._idle) == len(set(lane._idle)) == 1
+        counts, receipt = await asyncio.gather(queue.counts(), queue.enqueue(b"x"))
+        assert (counts.bytes <= 1, receipt.duplicate) == (True, False)

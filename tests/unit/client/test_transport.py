@@ -466,3 +466,39 @@ async def test_what_a_source_raises_is_raised() -> None:
         with pytest.raises(ZeroDivisionError, match="of the source"):
             await client.queue.enqueue(bad())
         await client.queue.enqueue(_pieces(1))
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind"),
+    [
+        (fault(403, "forbidden", "not any more"), OutcomeUnknown),
+        (fault(500, "internal_error", "it failed"), OutcomeUnknown),
+        (fault(400, "invalid_queue", "no name"), InvalidQueue),
+    ],
+)
+async def test_a_refusal_says_nothing_of_an_earlier_try_without_an_answer(refusal: Say, kind: type[Exception]) -> None:
+    """What Forbidden says of the second try is not true of the first, which may have been carried out."""
+    tries = iter((Drop(), refusal))
+
+    async def script(asked: Asked) -> Say | Drop:
+        return next(tries)
+
+    async with bench(script) as (client, [server]):
+        with pytest.raises(kind) as raised:
+            await client.queue.enqueue(b"x")
+        assert type(raised.value) is kind
+        assert len(server.asked) == 2
+
+
+async def test_who_does_not_know_of_an_earlier_try_goes_on_while_the_store_is_busy() -> None:
+    tries = iter((Drop(), fault(503, "store_busy", "another writes"), None))
+
+    async def script(asked: Asked) -> Say | Drop:
+        return next(tries) or receipts(asked)
+
+    async with bench(script) as (client, [server]):
+        task = await client.paused(client.queue.enqueue(b"x"), 1)
+        assert len(server.asked) == 2
+        client.clock.advance(5)
+        assert not (await task).duplicate
+        assert len({asked.data["messages"][0]["message_id"] for asked in server.asked}) == 1

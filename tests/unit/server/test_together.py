@@ -16,6 +16,7 @@ from tests.unit.server.raw import Connection
 
 from millpond import testing
 from millpond.errors import StoreFull
+from millpond.server import together
 from millpond.server.auth import Guard
 from millpond.server.context import Context
 from millpond.server.exchange import Exchange
@@ -415,3 +416,52 @@ async def test_a_server_that_ends_leaves_no_request_open() -> None:
         for connection in made.connections:
             assert await asyncio.wait_for(connection.reader.read(), 20) == b""
         assert not made.server.app.together._open
+
+
+async def test_nobody_waits_for_the_end_of_a_flow_that_has_none() -> None:
+    async with fleet(1) as made:
+        await made.meet(ENQUEUE, enqueue(b"x"))
+
+        async def flow() -> None:
+            while True:  # others join other groups, in every turn of the loop
+                made.server.app.together._joined += 1
+                await asyncio.sleep(0)
+
+        others = asyncio.create_task(flow())
+        try:
+            [reply] = await asyncio.wait_for(made.ask(ENQUEUE, enqueue(b"x")), 20)
+        finally:
+            others.cancel()
+            await asyncio.wait({others})
+        assert reply.status == 200
+
+
+async def test_a_group_is_no_larger_than_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "MOST", 2)
+    async with fleet(5) as made:
+        replies = await made.ask(ENQUEUE, *[enqueue(b"x")] * 5)
+        assert {reply.status for reply in replies} == {200}
+        assert sorted(made.operations) == [("enqueue_many", 1), ("enqueue_many", 2), ("enqueue_many", 2)]
+
+
+async def test_an_answer_that_goes_wrong_ends_its_connection_and_those_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with fleet(3) as made:
+        await made.ask(ENQUEUE, enqueue(b"x"))
+        answer = together.Together._answer
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda loop, context: None)
+        seen: list[Any] = []
+
+        def wrong(self: together.Together, member: Any, *rest: Any) -> None:
+            seen.append(member)
+            if len(seen) == 2:
+                raise RuntimeError("nobody foresaw this")
+            answer(self, member, *rest)
+
+        monkeypatch.setattr(together.Together, "_answer", wrong)
+        made.write(ENQUEUE, *[enqueue(b"x")] * 3)
+        assert (await made.connections[0].answer()).status == 200
+        for connection in made.connections[1:]:
+            assert await asyncio.wait_for(connection.reader.read(), 20) == b""

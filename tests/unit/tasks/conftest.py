@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from tests.conformance.queue.conftest import World
 
-STORES = ("memory", "memory-candidates", "sqlite", "objects")
+LOCAL = ("memory", "memory-candidates", "sqlite", "objects")
+"""For tests that put a fault into the pond's own service. What a worker makes of a server's is in tests/unit/worker."""
+STORES = (*LOCAL, "http-sqlite")
 
 
 @pytest.fixture(params=STORES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.conformance.queue.conftest import World
+from tests.unit.tasks.conftest import LOCAL
 
 from millpond import Pond
 from millpond.errors import InvalidInput, StoreBusy, StoreClosed
@@ -323,6 +324,7 @@ async def test_a_handler_that_gets_no_permit_gives_its_message_back_without_a_fa
         await there.limiter.stop()
 
 
+@pytest.mark.parametrize("world", LOCAL, indirect=True)
 async def test_an_outage_of_the_store_is_waited_out(world: World, caplog: pytest.LogCaptureFixture) -> None:
     async with world.pond() as pond:
         here = Here(pond, Concurrency(1))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.conformance.queue.conftest import World
+from tests.unit.tasks.conftest import LOCAL
 
 from millpond import Pond, Queue
 from millpond.errors import InvalidInput, LeaseLost
@@ -214,6 +215,7 @@ async def test_it_runs_by_the_clock_until_it_is_cancelled(world: World) -> None:
         assert await fired(pond) == [10, 40, 70, 100, 130]
 
 
+@pytest.mark.parametrize("world", LOCAL, indirect=True)
 async def test_what_the_store_cannot_do_now_is_tried_again(world: World, caplog: pytest.LogCaptureFixture) -> None:
     from millpond.errors import StoreBusy
 

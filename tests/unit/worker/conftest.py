@@ -1,8 +1,12 @@
-"""Workers on memory and on a file, under a clock that the test moves."""
+"""Workers on memory, on a file, behind a server and on a bucket, under a clock that the test moves.
+
+``http`` is a client of a server in this process, over loopback and for real; its store is a file. What needs real time
+and real processes (renewals by a thread of their own, servers that go away): tests/e2e/test_worker_elsewhere.py."""
 
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from tests.conformance.queue.served import ServedPond
 
 from millpond import testing
 from millpond.model.clock import ManualClock, SystemClock
@@ -18,11 +23,16 @@ from millpond.service.config import Config
 from millpond.stores.base import Store
 from millpond.stores.faulty import FaultyStore
 from millpond.stores.memory import MemoryStore
+from millpond.stores.objects.memory_bucket import MemoryBucket
+from millpond.stores.objects.store import ObjectStore
 from millpond.stores.sqlite import SqliteStore
 from millpond.worker.worker import Worker
 
 QUIET_ROUNDS = 60
 """Turns of the event loop without a store call under way, after which whatever could run has run."""
+REQUEST_PATIENCE = 0.05
+"""Seconds for which requests under way count as something that can run: one that waits for what the test holds up does
+not end by itself."""
 BOUND = 30.0
 """Seconds within which what a test waits for has happened, on the busiest machine."""
 
@@ -56,6 +66,15 @@ class Busy:
                 Busy.under_way -= 1
 
         return call
+
+
+class Served(ServedPond, testing.TestPond):
+    """A client of a server of its own, whose store is a file and whose clock the test owns."""
+
+    def __init__(self, local: testing.TestPond) -> None:
+        super().__init__(local, "http", random_bytes=random.Random(1).randbytes)
+        self.manual_clock = local.manual_clock
+        self._workers = []
 
 
 class Site:
@@ -106,9 +125,13 @@ class Site:
     async def settle(self) -> None:
         """Let what can run do so, until nothing has been under way in the store for a while."""
         quiet = 0
+        patience = time.monotonic() + REQUEST_PATIENCE
         while quiet < QUIET_ROUNDS:
-            await asyncio.sleep(0 if quiet or not Busy.under_way else 0.001)
-            quiet = 0 if Busy.under_way else quiet + 1
+            busy = bool(Busy.under_way)
+            if not busy and isinstance(self.pond, Served):
+                busy = self.pond.busy and time.monotonic() < patience
+            await asyncio.sleep(0.001 if busy else 0)
+            quiet = 0 if busy or Busy.under_way else quiet + 1
 
     async def close(self) -> None:
         """End what a failed test has left running, so that it fails rather than hangs."""
@@ -126,22 +149,30 @@ class Site:
 MakeSite = Callable[..., Any]
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+STORES = ("memory", "sqlite", "http", "bucket")
+
+
+@pytest.fixture(params=STORES)
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> MakeSite:
-    """``async with site() as s``: a pond on memory, and on a file."""
+    """``async with site() as s``: a pond on each."""
 
     @asynccontextmanager
     async def make(*, plan: Any = None, config: Config | None = None) -> AsyncIterator[Site]:
         clock = ManualClock()
-        store: Any = MemoryStore(clock=clock)
-        if request.param == "sqlite":
+        store: Any
+        if request.param == "memory":
+            store = MemoryStore(clock=clock)
+        elif request.param == "bucket":
+            store = ObjectStore(MemoryBucket(clock=clock), clock=clock, measure_skew=False)
+        else:
             # What it waits for in there (locks) takes real time.
             store = SqliteStore(str(tmp_path / "pond.db"), clock=SystemClock())
         store = Busy(store)
         if plan is not None:
             store = FaultyStore(store, plan)
-        async with testing.pond(store=store, clock=clock, config=config) as pond:
-            made = Site(pond)
+        pond = testing.pond(store=store, clock=clock, config=config)
+        async with Served(pond) if request.param == "http" else pond as opened:
+            made = Site(opened)
             try:
                 yield made
             finally:

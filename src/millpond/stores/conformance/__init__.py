@@ -12,7 +12,7 @@ A change of the protocol starts here: first the check, then the stores.
 
 from __future__ import annotations
 
-from millpond.stores.conformance import attached, groups, hand_out, lifetime, overview, resending, taking, writes
+from millpond.stores.conformance import attached, groups, hand_out, lifetime, many, overview, resending, taking, writes
 from millpond.stores.conformance.harness import CHECKS, Check, Harness
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "groups",
     "hand_out",
     "lifetime",
+    "many",
     "overview",
     "resending",
     "taking",

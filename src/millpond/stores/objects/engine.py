@@ -21,6 +21,7 @@ from millpond.stores.objects.index import Index, Known, same
 from millpond.stores.objects.names import Name
 from millpond.stores.objects.records import Intent, Record, Tombstone
 from millpond.stores.objects.requests import CountedBucket
+from millpond.stores.objects.rivals import NAME_BYTES, Rivals
 from millpond.stores.objects.skew import Skew
 
 log = logging.getLogger("millpond.stores.objects")
@@ -39,9 +40,6 @@ MARGIN = 15_000
 than a bucket sends such a request again and waits for its reply (2 s and 10 s), and than clocks are apart."""
 LEFT = 10_000
 """Names that messages have left, remembered."""
-RIVALRY = 8
-"""Claims that have to go through before a lost one is forgotten."""
-MOST_RIVALS = 256
 STEP = 1 << 16
 """Between two keys of one time: far less than between the ids that one source makes, so that order is kept."""
 READS = 32
@@ -104,8 +102,7 @@ class Engine:
         self._turns: dict[tuple[str, ...], _Turn] = {}
         self._left: OrderedDict[str, None] = OrderedDict()
         self._doomed: OrderedDict[str, int] = OrderedDict()
-        self.rivals: dict[tuple[str, str], int] = {}
-        """Queue → claims lost to others lately; each claim that goes through takes one off."""
+        self.rivals = Rivals(self.ids.random(NAME_BYTES), clock)
 
     # Time and chance
 
@@ -114,8 +111,8 @@ class Engine:
         return self.clock.now_ms()
 
     def write_id(self) -> bytes:
-        """For one write."""
-        return self.ids.random(records.WRITE_ID_BYTES)
+        """For one write: chance, behind this process's name."""
+        return self.rivals.me + self.ids.random(records.WRITE_ID_BYTES - NAME_BYTES)
 
     def fresh_key(self, time: int | None) -> int:
         """A key that was never used, with this time, behind those that this process made last for the same time; None:
@@ -181,6 +178,10 @@ class Engine:
                 turn.lock.release()
                 self._leave(key, turn)
 
+    def is_being_written(self, name: Name) -> bool:
+        """Whether this process is about to change the message."""
+        return ("i", name.namespace, name.queue, name.id) in self._turns
+
     def _leave(self, key: tuple[str, ...], turn: _Turn) -> None:
         turn.wanted -= 1
         if not turn.wanted:
@@ -194,21 +195,20 @@ class Engine:
 
     # Rivals
 
-    def lost_claim(self, name: Name) -> None:
-        """Somebody else was given the message."""
-        queue = (name.namespace, name.queue)
+    def lost_claim(self, name: Name, found: Found | None = None) -> None:
+        """Somebody else was given the message; ``found``: what is there now."""
         if self.options.spread:
-            self.rivals[queue] = min(self.rivals.get(queue, 0) + RIVALRY, MOST_RIVALS)
+            held = None if found is None else found.held
+            taker = held.write_id[:NAME_BYTES] if isinstance(held, Record) and held.leased else None
+            self.rivals.lost((name.namespace, name.queue), taker)
+
+    def ago(self, modified: int) -> float:
+        """Seconds since something was written."""
+        return max(0, self.now() - modified) / 1000
 
     def won_claim(self, name: Name) -> None:
         """A claim went through."""
-        queue = (name.namespace, name.queue)
-        left = self.rivals.get(queue)
-        if left is not None:
-            if left > 1:
-                self.rivals[queue] = left - 1
-            else:
-                del self.rivals[queue]
+        self.rivals.won((name.namespace, name.queue))
 
     # Objects of messages
 

@@ -222,6 +222,16 @@ def markers_prefix(namespace: str, queue: str, kind: str) -> str:
     return f"{folder(namespace, queue)}{kind}/"
 
 
+def consumers(namespace: str, queue: str) -> str:
+    """What processes say that compete for a queue's messages."""
+    return f"{folder(namespace, queue)}c/"
+
+
+def consumer(namespace: str, queue: str, process: bytes) -> str:
+    """What one of them says."""
+    return consumers(namespace, queue) + process.hex()
+
+
 def clock(chance: bytes) -> str:
     """An object that tells what time it is in the bucket."""
     return f"{CLOCKS}{chance.hex()}"

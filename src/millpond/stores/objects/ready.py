@@ -18,17 +18,27 @@ from millpond.stores.objects.bucket import Entry
 from millpond.stores.objects.engine import Engine
 from millpond.stores.objects.groups import Groups
 from millpond.stores.objects.listing import Listing, Seen, Standing
+from millpond.stores.objects.presence import Presence
 from millpond.stores.objects.records import Kind
+from millpond.stores.objects.rivals import Share
 from millpond.stores.objects.writes import SLACK
 
 LONG = 1000
 """A page of so many objects is hardly the only one."""
 WINDOW = 1000
 """Messages that a listing is searched for while others are met: about what its first page holds."""
-WINDOW_AGE = 2.0
+WINDOW_AGE = 5.0
 """Seconds for which messages are chosen from that listing, at most: it knows nothing of what came since."""
 WINDOWS = 64
 """Queues of which a window is kept."""
+FRESH = 0.5
+"""Seconds for which a listing is good enough to choose from what is another process's: that one takes it, too."""
+BORROWED = 8
+"""Messages of others taken at a time, by whoever has none left of its own."""
+FRONT = 64
+"""The first messages of a listing that are others' to take; if they stay there they are anybody's."""
+LEFT_LYING = 20.0
+"""Seconds after which they are: their process is busy, or slower than all others, or gone."""
 LOOKS = 4
 """Looks in vain at messages of which there are more."""
 GROUP_PAGES = 8
@@ -145,28 +155,40 @@ class Heads:
 class _Window(NamedTuple):
     """What a listing has shown to be ready, less what was chosen from it."""
 
-    found: list[Seen]
+    left: list[tuple[Seen, bool]]
+    """What is to be chosen first comes last; and whether it is this process's."""
     since: int
-    until: float
-    """Monotonic seconds."""
+    at: float
+    """Monotonic time of the listing."""
     next_due: int | None
     more: bool
+    share: Share | None
+    """By which it was dealt out."""
+    chosen: list[Seen]
+    """What was chosen from it, and may not have been taken yet."""
+
+
+def _in_order(seen: Seen) -> tuple[int, int]:
+    return -(seen.name.priority or 0), seen.name.key
 
 
 class Ready:
     """Answers what is ready."""
 
-    def __init__(self, engine: Engine, listing: Listing, groups: Groups) -> None:
+    def __init__(self, engine: Engine, listing: Listing, groups: Groups, presence: Presence) -> None:
         self._engine = engine
         self._listing = listing
         self._groups = groups
+        self._presence = presence
         self._windows: OrderedDict[tuple[str, str], _Window] = OrderedDict()
+        self._fronts: OrderedDict[tuple[str, str], dict[int, float]] = OrderedDict()
+        """Queue → key of a message of others that is at the front → monotonic time at which it was first seen there."""
 
     async def ready(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
         """The first ``limit`` records that are due at ``now`` and not blocked by their group.
 
-        While others are met, any of the first thousand, by chance: several who see the same head of a queue would race
-        for the same messages, and read them all for nothing."""
+        While others are met, first those that are this process's by their agreement (`rivals`): several who see the
+        same head of a queue would race for the same messages, and read them all for nothing."""
         page = await self._look(namespace, queue, now, limit)
         for _ in range(LOOKS):
             if page.records or not page.more:
@@ -176,45 +198,106 @@ class Ready:
         return page
 
     async def _look(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage:
-        if not self._engine.rivals.get((namespace, queue), 0):
-            self._windows.pop((namespace, queue), None)
+        place = (namespace, queue)
+        if not self._engine.rivals.met(place):
+            self._windows.pop(place, None)
+            self._fronts.pop(place, None)
             search, cut = await self._search(namespace, queue, now, limit + 1)
             more = len(search.found) > limit or (cut and bool(search.found))
             first = await self._read(search.found[:limit], now, search)
             return ReadyPage(first, more, search.next_due)
-        page = await self._choose(namespace, queue, now, limit)
+        await self._presence.tell(place)
+        page = await self._choose(place, now, limit)
         if page is None:
             search, cut = await self._search(namespace, queue, now, max(WINDOW, limit + 1))
-            until = self._engine.clock.monotonic() + WINDOW_AGE
+            at = self._engine.clock.monotonic()
             some, more = bool(search.found), search.full or cut
-            self._windows[namespace, queue] = _Window(search.found, search.since, until, search.next_due, more)
+            share = self._engine.rivals.share(place)
+            left = self._deal(place, search.found, at, share)
+            self._windows[place] = _Window(left, search.since, at, search.next_due, more, share, [])
             if len(self._windows) > WINDOWS:
                 self._windows.popitem(last=False)
-            page = await self._choose(namespace, queue, now, limit)
+            page = await self._choose(place, now, limit)
             if page is None:
                 return ReadyPage([], some, search.next_due)
         return page
 
-    async def _choose(self, namespace: str, queue: str, now: int, limit: int) -> ReadyPage | None:
+    def _deal(
+        self, place: tuple[str, str], found: list[Seen], at: float, share: Share | None
+    ) -> list[tuple[Seen, bool]]:
+        """Of each priority, first what is this process's, in order, then what is others', by chance. The last first."""
+        fronts = self._fronts.pop(place, {})
+        front: dict[int, float] = {}
+        mine: dict[int, list[Seen]] = {}
+        theirs: dict[int, list[Seen]] = {}
+        for seen in found:
+            priority = seen.name.priority or 0
+            # A group as a whole: who has handed out one of its messages knows most of what is needed for the next.
+            number = int(seen.name.group[:16], 16) if seen.name.group else seen.name.key
+            own = share is not None and share.has(number)
+            if not own and share is not None and len(front) < FRONT:
+                since = front[seen.name.key] = fronts.get(seen.name.key, at)
+                # Not of everybody else's at once.
+                own = at - since >= LEFT_LYING and not self._engine.ids.below(len(share.others))
+            (mine if own else theirs).setdefault(priority, []).append(seen)
+        self._fronts[place] = front
+        if len(self._fronts) > WINDOWS:
+            self._fronts.popitem(last=False)
+        below = self._engine.ids.below
+        left: list[tuple[Seen, bool]] = []
+        for priority in sorted({*mine, *theirs}):
+            others = theirs.get(priority, [])
+            while others:
+                left.append((others.pop(below(len(others))), False))
+            left += [(seen, True) for seen in reversed(mine.get(priority, []))]
+        return left
+
+    async def _choose(self, place: tuple[str, str], now: int, limit: int) -> ReadyPage | None:
         """Some of the window, which then are not in it any more; None when it is over, or nothing of it is left."""
-        window = self._windows.get((namespace, queue))
-        if window is None or self._engine.clock.monotonic() > window.until:
+        window = self._windows.get(place)
+        age = 0.0 if window is None else self._engine.clock.monotonic() - window.at
+        if window is None or age > WINDOW_AGE:
             return None
-        found = window.found
+        share = self._engine.rivals.share(place)
+        if share != window.share:
+            # Somebody else was met since.
+            found = sorted((seen for seen, _ in window.left), key=_in_order)
+            window = window._replace(left=self._deal(place, found, window.at, share), share=share)
+            self._windows[place] = window
+        left = window.left
         chosen: list[Seen] = []
-        alike = 0
-        while found and len(chosen) < limit:
-            if not alike:
-                # Higher priorities first, whoever else is about.
-                alike = sum(seen.name.priority == found[0].name.priority for seen in found)
-            chosen.append(found.pop(self._engine.ids.below(alike)))
-            alike -= 1
-        chosen.sort(key=lambda seen: (-(seen.name.priority or 0), seen.name.key))
-        result = await self._read(chosen, now, window)
-        if len(result) * 2 < len(chosen):
+        again = self._not_taken(window.chosen, now)
+        own = bool(again)
+        # At the end of a queue all have nothing of their own left.
+        borrowed = min(BORROWED, 1 + len(left) // (1 + len(share.others))) if share is not None else BORROWED
+        while left and len(again) + len(chosen) < limit:
+            seen, mine = left[-1]
+            if not mine and (own or age > FRESH or len(chosen) >= borrowed):
+                break
+            own = own or mine
+            chosen.append(seen)
+            left.pop()
+        window.chosen.extend(chosen)
+        result = await self._read(sorted([*again, *chosen], key=_in_order), now, window)
+        if (len(result) - len(again)) * 2 < len(chosen):
             # Others have taken most of it.
-            self._windows.pop((namespace, queue), None)
-        return ReadyPage(result, bool(found) or window.more, window.next_due) if result else None
+            self._windows.pop(place, None)
+        return ReadyPage(result, bool(left) or window.more, window.next_due) if result else None
+
+    def _not_taken(self, chosen: list[Seen], now: int) -> list[Seen]:
+        """What was chosen before, and is known to be there still; what is being written at this moment is left out. The
+        list is cut down to these."""
+        engine = self._engine
+        there: list[Seen] = []
+        free: list[Seen] = []
+        for seen in chosen:
+            known = engine.index.get(seen.name.path)
+            if known is not None and known.record.due <= now:
+                there.append(seen)
+                if not engine.is_being_written(seen.name):
+                    free.append(seen)
+        chosen[:] = there
+        return free
 
     async def _read(self, chosen: list[Seen], now: int, seen_by: _Window | _Search) -> list[Stored]:
         result = []

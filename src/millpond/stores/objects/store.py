@@ -57,6 +57,7 @@ from millpond.stores.objects.index import BYTES, ENTRIES, Index
 from millpond.stores.objects.listing import Listing
 from millpond.stores.objects.markers import Markers
 from millpond.stores.objects.moves import Moves
+from millpond.stores.objects.presence import Presence
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.ready import Ready
 from millpond.stores.objects.requests import CountedBucket
@@ -118,7 +119,8 @@ class ObjectStore:
         self._blobs = Blobs(engine, self._finder)
         self._writer = Writer(engine, self._markers, self._groups, self._moves, self._finder, self._blobs)
         self._listing = Listing(engine, self._moves)
-        self._ready = Ready(engine, self._listing, self._groups)
+        self._presence = Presence(engine)
+        self._ready = Ready(engine, self._listing, self._groups, self._presence)
         self._reader = Reader(engine, self._listing, self._groups)
         self._damaged = Damaged(engine, self._groups)
         self._upkeep = Upkeep(
@@ -213,6 +215,7 @@ class ObjectStore:
         self._closed = True
         while self._engine.tasks:
             await asyncio.gather(*self._engine.tasks, return_exceptions=True)
+        await self._presence.end()
         if self._feed is not None:
             self._feed.close()
         await self._engine.bucket.close()

@@ -89,7 +89,7 @@ class Upkeep:
         more the next one sees to the rest."""
         queues = await self._reader.everywhere()
         self._rounds.keep(tuple(names.folder(*name) for name in queues))
-        await self._clocks()
+        await self._left_behind(names.CLOCKS)
         # In turn, should one of them use up the limit each time.
         self._passes += 1
         first = self._passes % max(len(queues), 1)
@@ -111,6 +111,7 @@ class Upkeep:
                 await self._orphans(name, old, present, orphans, limit)
                 await self._id_markers(name, markers, present, now, limit)
             await self._pointers(name, limit)
+            await self._left_behind(names.consumers(*name))
         coming = await self._coming(queues, {orphan.path for orphan in orphans}) if orphans else None
         if coming is not None:
             alone = [orphan for orphan in dict.fromkeys(orphans) if orphan.path not in coming]
@@ -207,10 +208,10 @@ class Upkeep:
                     self._rounds.go_on(names.blobs_prefix(*name), some[-1].path)
                 return
 
-    async def _clocks(self) -> None:
-        """What those left who died while they opened the store."""
+    async def _left_behind(self, prefix: str) -> None:
+        """What those left who died while they opened the store, or took messages. None of these names is used twice."""
         now = self._engine.now()
-        left = [entry.name async for entry in self._entries(names.CLOCKS) if now - entry.modified > QUIET]
+        left = [entry.name async for entry in self._entries(prefix) if now - entry.modified > QUIET]
         for start in range(0, len(left), _BATCH):
             await self._engine.exchange.delete_many(left[start : start + _BATCH])
 
@@ -411,6 +412,8 @@ class Upkeep:
             except StoreCorrupt as error:
                 problems.append(Problem(f"object {entry.name}", str(error)))
         results = await engine.fetch_all([message for _, message in there])
+        apart: list[tuple[str, str, str]] = []
+        """Message, its object, that of its payload."""
         for (entry, message), found in zip(there, results, strict=True):
             kind = records.form(entry.size).kind
             if isinstance(found, StoreError):
@@ -431,9 +434,14 @@ class Upkeep:
                 problems.append(Problem(label, f"it is there twice: here, as {entry.name}, and before"))
             seen.add(id)
             if record.external:
-                path = names.blobs_prefix(*name) + record.blob
-                if not await self._is_there(path) and await engine.exchange.read(entry.name) is not None:
-                    problems.append(Problem(label, "its payload is missing"))
+                apart.append((label, entry.name, names.blobs_prefix(*name) + record.blob))
+        for (label, _, _), lacks in zip(apart, await self._at_once(self._lacks_payload, apart), strict=True):
+            if lacks:
+                problems.append(Problem(label, "its payload is missing"))
+
+    async def _lacks_payload(self, message: tuple[str, str, str]) -> bool:
+        _, object, payload = message
+        return not await self._is_there(payload) and await self._engine.exchange.read(object) is not None
 
     def _verify_marker(
         self, where: str, path: str, content: Content, expected: type[Marker | Pointer], problems: list[Problem]

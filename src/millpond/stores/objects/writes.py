@@ -159,7 +159,7 @@ class Writer:
                         engine.won_claim(name)
                     return Updated(records.mark(new, name), payload)
                 if claims:
-                    engine.lost_claim(name)
+                    engine.lost_claim(name, written)
                 continue
             new = msgspec.structs.replace(new, via=name.path)
             goals: list[Goal] = []

@@ -21,7 +21,7 @@ GROW = (Insert, PutState, PutDocument, Reseal)
 class Call:
     """One ``write``, ``commit`` or ``take``, and what became of it."""
 
-    __slots__ = ("apply", "error", "future", "outcomes", "portable", "request", "since", "size")
+    __slots__ = ("apply", "error", "future", "outcomes", "portable", "request", "since", "singly", "size")
 
     def __init__(
         self,
@@ -30,9 +30,12 @@ class Call:
         future: asyncio.Future[Any],
         size: int,
         portable: bool,
+        singly: Callable[[Any], Any] | None = None,
     ) -> None:
         self.apply = apply
         """What of the applier does ``request``."""
+        self.singly = singly
+        """What does the same op by op, where ``apply`` writes several together and has not given up on that."""
         self.request = request
         self.future = future
         self.size = size

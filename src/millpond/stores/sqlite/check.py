@@ -7,7 +7,17 @@ from itertools import islice
 import apsw
 
 from millpond.stores.base import Problem
-from millpond.stores.sqlite.schema import BLOCKED, BLOCKED_LEASED, BUCKET, BYTES, CHUNK_BITS, DEAD, FREE, LEASED
+from millpond.stores.sqlite.schema import (
+    BLOCKED,
+    BLOCKED_LEASED,
+    BUCKET,
+    BYTES,
+    CHUNK_BITS,
+    DEAD,
+    FREE,
+    INSERTED,
+    LEASED,
+)
 
 _ENOUGH = 100
 """Problems of one kind after which the rest of that kind is not listed."""
@@ -92,7 +102,8 @@ _RECOUNT = (
 _COUNTERS = (
     f"SELECT q.namespace||'/'||q.name,c.n,r.n FROM counter c FULL JOIN ({_RECOUNT}) r "
     "ON r.queue=c.queue AND r.kind=c.kind AND r.bucket=c.bucket JOIN queue q ON q.id=ifnull(c.queue,r.queue) "
-    "WHERE c.n IS NOT r.n"
+    # What was ever inserted cannot be counted again.
+    f"WHERE c.n IS NOT r.n AND c.kind IS NOT {INSERTED}"
 )
 
 

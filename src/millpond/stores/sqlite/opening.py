@@ -43,6 +43,11 @@ class Opened(NamedTuple):
     mode: int
     """Permission bits of the files beside the database."""
 
+    def close(self) -> None:
+        """Close all of it, for who opened it in vain."""
+        for each in (self.bulk, self.far, self.near, self.write, self.lock):
+            each.close()
+
 
 def open_database(
     path: str,

@@ -23,7 +23,17 @@ from millpond.stores.base import (
 )
 from millpond.stores.sqlite.apply import QUEUE_CACHE
 from millpond.stores.sqlite.rows import COLUMNS, FROM, stored
-from millpond.stores.sqlite.schema import BLOCKED, BLOCKED_LEASED, BUCKET, BYTES, CHUNK_BITS, DEAD, FREE, LEASED
+from millpond.stores.sqlite.schema import (
+    BLOCKED,
+    BLOCKED_LEASED,
+    BUCKET,
+    BYTES,
+    CHUNK_BITS,
+    DEAD,
+    FREE,
+    INSERTED,
+    LEASED,
+)
 
 _GET = f"SELECT {COLUMNS} {FROM} WHERE m.queue=? AND m.id=?"
 _GET_PAYLOAD = f"SELECT {COLUMNS},b.payload {FROM} WHERE m.queue=? AND m.id=?"
@@ -130,7 +140,7 @@ class Reads:
             QueueName(*row)
             for row in self._run(
                 "SELECT namespace,name FROM queue q WHERE document IS NOT NULL "
-                "OR EXISTS(SELECT 1 FROM counter WHERE queue=q.id) ORDER BY namespace,name"
+                f"OR EXISTS(SELECT 1 FROM counter WHERE queue=q.id AND kind<>{INSERTED}) ORDER BY namespace,name"
             )
         ]
 
@@ -138,13 +148,13 @@ class Reads:
         """Whole buckets from the counters, and the entries of the bucket that contains ``now`` from the index."""
         number = self._queue(namespace, queue)
         if number is None:
-            return Counts(ready=0, delayed=0, leased=0, blocked=0, dead=0, bytes=0, oldest_due=None)
+            return Counts(ready=0, delayed=0, leased=0, blocked=0, dead=0, bytes=0, oldest_due=None, enqueued=0)
         bucket = now // BUCKET
         start = bucket * BUCKET
         oldest: int | None = None
         due = lapsed = 0
         with self._snapshot():
-            total = dict.fromkeys(range(BYTES + 1), 0)
+            total = dict.fromkeys(range(INSERTED + 1), 0)
             past = total.copy()
             for kind, n, before in self._run(_COUNTERS, (bucket, number)):
                 total[kind], past[kind] = n, before
@@ -167,6 +177,7 @@ class Reads:
             dead=total[DEAD],
             bytes=total[BYTES],
             oldest_due=oldest,
+            enqueued=total[INSERTED],
         )
 
     def blob(self, seq: int) -> tuple[int, int | None] | None:

@@ -34,9 +34,9 @@ BUCKET = 10_000
 record due in the bucket that contains now: narrow buckets cost rows when delays are spread over weeks (60,000 a week at
 10 s), wide ones cost entries under load (300,000 at 30,000 messages a second)."""
 
-FREE, LEASED, BLOCKED, BLOCKED_LEASED, DEAD, BYTES = range(6)
-"""Kinds of ``counter`` rows. BLOCKED, DEAD and BYTES are not divided into buckets (bucket 0); BYTES counts payload
-bytes of the live box."""
+FREE, LEASED, BLOCKED, BLOCKED_LEASED, DEAD, BYTES, INSERTED = range(7)
+"""Kinds of ``counter`` rows. BLOCKED, DEAD, BYTES and INSERTED are not divided into buckets (bucket 0); BYTES counts
+payload bytes of the live box, and INSERTED the records that were ever inserted: it only grows."""
 
 CHUNK = 1024 * 1024
 """Bytes of a blob in one row: what ``read_blob`` may hand out at once."""
@@ -82,10 +82,16 @@ MIGRATIONS: Sequence[str] = (_V1,)
 """``MIGRATIONS[n]`` takes a file from schema version n to n + 1. Append only; never change one that was released."""
 
 
+STATEMENTS = 32
+"""Prepared statements that a connection keeps: as many as the hot ones take turns in, since apsw looks through all."""
+
+
 def connect(path: str, *, cache_bytes: int, vfs: str | None = None, create: bool = False) -> apsw.Connection:
     """A connection to an existing (or, with ``create``, perhaps new) database, durable and waiting for nobody."""
     flags = apsw.SQLITE_OPEN_READWRITE
-    connection = apsw.Connection(path, flags | (apsw.SQLITE_OPEN_CREATE if create else 0), vfs)
+    connection = apsw.Connection(
+        path, flags | (apsw.SQLITE_OPEN_CREATE if create else 0), vfs, statementcachesize=STATEMENTS
+    )
     fork.note(connection, path)
     connection.set_busy_timeout(0)
     connection.execute(f"PRAGMA cache_size = -{max(256, cache_bytes // 1024)}")

@@ -38,7 +38,7 @@ from millpond.stores.sqlite.apply import Take
 from millpond.stores.sqlite.blobs import SLICE
 from millpond.stores.sqlite.check import check
 from millpond.stores.sqlite.failures import translate
-from millpond.stores.sqlite.opening import open_database
+from millpond.stores.sqlite.opening import Opened, open_database
 from millpond.stores.sqlite.reads import Reads
 from millpond.stores.sqlite.schema import CHUNK, MIGRATIONS, connect
 from millpond.stores.sqlite.threads import Background, tell
@@ -87,7 +87,9 @@ class SqliteStore:
         self._max_bytes = max_bytes
         self._vfs = vfs
         self._migrations = migrations
-        self._refusal: StoreError | None = StoreClosed(f"the store {self._path} is not open")
+        self._refusal: StoreError | None = StoreClosed(
+            f"the store {self._path} is not open: use the pond in `async with` (or `with`), or call its open()"
+        )
         self._opened = self._inherited = False
         self._closing: asyncio.Task[None] | None = None
         self._reclaiming: asyncio.Task[None] | None = None
@@ -131,9 +133,11 @@ class SqliteStore:
             raise self._closed()
         thread = Background("millpond-reader")
         fork.hold(self)
-        try:
-            opened = await thread.call(
-                lambda: open_database(
+        made: list[Opened] = []
+
+        def work() -> Opened:
+            made.append(
+                open_database(
                     self._path,
                     cache_bytes=self._cache_bytes,
                     max_bytes=self._max_bytes,
@@ -142,7 +146,13 @@ class SqliteStore:
                     migrations=self._migrations,
                 )
             )
+            return made[0]
+
+        try:
+            opened = await thread.call(work)
         except BaseException:
+            # Who is cancelled has nobody left who would close what the thread opens all the same.
+            thread.post(lambda: [one.close() for one in made])
             thread.stop()
             fork.drop(self)
             raise

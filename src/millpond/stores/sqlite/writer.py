@@ -38,13 +38,14 @@ import apsw
 from millpond.errors import MillpondError, OutcomeUnknown, StoreBusy, StoreClosed, StoreError, StoreFull
 from millpond.model.clock import Clock, TimerHandle
 from millpond.stores.base import Op, Outcome, QueueName, Removed, Updated
-from millpond.stores.sqlite.apply import Applier, Take
+from millpond.stores.sqlite.apply import Take
 from millpond.stores.sqlite.calls import Batch, Call, Job, Offer, Place, blame, own
 from millpond.stores.sqlite.failures import translate
 from millpond.stores.sqlite.lock import Turnstile
 from millpond.stores.sqlite.room import Gauge
 from millpond.stores.sqlite.schema import sync_log
 from millpond.stores.sqlite.threads import Background, tell
+from millpond.stores.sqlite.together import Singly, Together
 
 MAX_OPS = 1000
 """Ops after which a transaction takes no further call: larger ones gain nothing (60 k messages/s at 200, 66 k at 1000)
@@ -87,7 +88,7 @@ class Writer:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._connection = connection
-        self._applier = Applier(connection)
+        self._applier = Together(connection)
         self._gauge = Gauge(path, connection)
         self._lock = lock
         self._path = path
@@ -141,28 +142,43 @@ class Writer:
     def submit(self, ops: Sequence[Op], atomic: bool) -> asyncio.Future[list[Outcome]]:
         """The outcomes of ``ops``, once they are durable."""
         applier = self._applier
-        return self._submit(applier.commit if atomic else applier.write, ops, len(ops))
+        if atomic:
+            return self._submit(applier.commit, ops, len(ops))
+        return self._submit(applier.write, ops, len(ops), singly=applier.write_singly)
 
     def take(self, take: Take) -> asyncio.Future[list[tuple[Any, Updated | Removed]]]:
         """What was taken, once that is durable."""
         wanted = self._applier.wanted
         name = take[:2]
         wanted[name] = wanted.get(name, 0) + take.limit
-        return self._submit(self._applier.take, take, take.limit, False)
+        return self._submit(self._applier.take, take, take.limit, False, self._applier.take_singly)
 
     def _submit(
-        self, apply: Callable[[Any], Any], request: Any, size: int, portable: bool = True
+        self,
+        apply: Callable[[Any], Any],
+        request: Any,
+        size: int,
+        portable: bool = True,
+        singly: Callable[[Any], Any] | None = None,
     ) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = self._loop.create_future()
         if self._closing:
             raise StoreClosed(f"the store {self._path} is closed")
-        call = Call(apply, request, future, size, portable)
+        call = Call(apply, request, future, size, portable, singly)
         self._pending.append(call)
         if self._waiting:
             call.since = self._clock.monotonic()
         elif not self._scheduled and not self._away:
+            try:
+                self._loop.call_soon(self._gather, 0)
+            except RuntimeError:
+                self._pending.pop()
+                if not self._loop.is_closed():
+                    raise
+                raise StoreClosed(
+                    f"the event loop that opened {self._path} has ended, and the pond with it: connect anew"
+                ) from None
             self._scheduled = True
-            self._loop.call_soon(self._gather, 0)
         return future
 
     def job(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -629,7 +645,8 @@ class Writer:
     def _fill(self, source: deque[Call], limit: int) -> Batch:
         """Apply calls from ``source`` to the open transaction, until it has ``limit`` ops.
 
-        A call that raises is left out: the transaction is rolled back, and the others are applied again without it.
+        A call that raises is left out: the transaction is rolled back, and the others are applied again without it. One
+        whose ops cannot be written together is applied again singly.
         When the disk is full, those that need no more of it get another chance: acks make room.
         """
         applier, batch = self._applier, Batch()
@@ -661,7 +678,11 @@ class Writer:
                 if current is not None:
                     calls.append(current)
                 calls += again
-                blamed = blame(error, current, calls)
+                if current is not None and current.singly is not None and isinstance(error, Singly):
+                    blamed = []
+                    current.apply, current.singly = current.singly, None
+                else:
+                    blamed = blame(error, current, calls)
                 for call in blamed:
                     call.error = own(error, self._path)
                 failed += blamed

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import pytest
 from tests.unit.stores.objects.rig import REFUSED, Network, Rig, fresh, insert, lease
 
 from millpond.errors import StoreError
+from millpond.pond import VERIFIED_AT_ONCE, Pond
 from millpond.stores.base import Box, PutDocument, QueueName, Removed, Update
 from millpond.stores.conformance.harness import NOW, removal
 from millpond.stores.objects.bucket import Folder
@@ -50,15 +51,25 @@ class Gauge(Network):
             for what in (kind, "all"):
                 self.under_way[what] -= 1
 
+    async def download(self, name: str) -> AsyncIterator[bytes]:
+        self.under_way["download"] += 1
+        self.most["download"] = max(self.most["download"], self.under_way["download"])
+        try:
+            async for chunk in super().download(name):
+                await asyncio.sleep(0)
+                yield chunk
+        finally:
+            self.under_way["download"] -= 1
+
     async def folder(self, prefix: str) -> Folder:
         found = await super().folder(prefix)
         left = {path for path in self.folders if path.startswith(prefix) and "/" not in path.removeprefix(prefix)}
         return Folder(sorted({*found.folders, *left}), found.entries)
 
 
-async def gauged(rig: Rig) -> tuple[ObjectStore, Gauge]:
+async def gauged(rig: Rig, **options: int) -> tuple[ObjectStore, Gauge]:
     gauge = Gauge(rig.root.share())
-    store = ObjectStore(gauge, clock=rig.clock, measure_skew=False)
+    store = ObjectStore(gauge, clock=rig.clock, measure_skew=False, **options)  # type: ignore[arg-type]
     await store.open()
     gauge.reset()
     return store, gauge
@@ -100,6 +111,31 @@ async def test_everything_is_verified_some_at_once() -> None:
     assert await store.verify() == []
     assert (gauge.count("read"), gauge.most["read"]) == (2 * MANY, READS), "messages and markers"
     await store.close()
+
+
+async def test_large_payloads_are_verified_some_at_once_and_how_many_is_told() -> None:
+    rig = Rig()
+    store, gauge = await gauged(rig, inline_limit=8)
+    count = VERIFIED_AT_ONCE * 2 + 3
+    told: list[int] = []
+    async with Pond(store, clock=rig.clock) as pond:
+        queue = pond.queue("q")
+        ids = [(await queue.enqueue(b"large payload %d" % number)).message_id for number in range(count)]
+        gauge.reset()
+        gauge.most.clear()
+        assert await pond.verify(progress=told.append) == []
+        assert gauge.most["download"] == VERIFIED_AT_ONCE
+        assert (told[-1], sorted(told)) == (count, told)
+        broken = {ids[0], ids[17], ids[-1]}
+        for name in list(rig.root.objects):
+            if "/b/" in name and any(id.replace("-", "") in name for id in broken):
+                await rig.root.upload(name, _chunks(b"something else!"))
+        found = await pond.verify()
+        assert [problem.where for problem in found] == [f"message {id} in default/q" for id in ids if id in broken]
+
+
+async def _chunks(data: bytes) -> AsyncIterator[bytes]:
+    yield data
 
 
 async def test_what_cannot_be_read_is_not_called_sound() -> None:
