@@ -48,6 +48,10 @@ class Frames:
         self._opened = NEVER
         self._begun = False
         """A frame has come over it."""
+        self._brought = False
+        """Messages have come over it."""
+        self._empty = 0
+        """Connections in a row that brought nothing: who is hung up on at once does not knock without a pause."""
         self.broken = False
         """The connection over which the last messages came is lost, and they with it."""
 
@@ -55,7 +59,7 @@ class Frames:
         """The messages of the next frame, from the connection there is or a new one."""
         while True:
             if self._chunks is None:
-                self._open()
+                await self._open()
             try:
                 frame = await self._next()
             except StoreUnreachable:
@@ -71,6 +75,7 @@ class Frames:
                 raise
             self._begun = True
             if isinstance(frame, native.Messages):
+                self._brought = True
                 return [self._held(delivery) for delivery in frame.messages]
             if isinstance(frame, native.End):
                 await self._drop(broken=False)
@@ -82,7 +87,11 @@ class Frames:
         if self._transport.closed:
             raise StoreClosed("the pond was closed while this stream was open")
 
-    def _open(self) -> None:
+    async def _open(self) -> None:
+        if self._empty > 1:
+            await self._transport.rest(self._empty)
+            self._check_closed()
+        self._brought = False
         self._chunks = self._transport.listen("/v1/queue/stream", self._request, SILENCE)
         self._opened = Moment.now(self._clock)
         self._line += 1
@@ -115,6 +124,7 @@ class Frames:
 
     async def _drop(self, *, broken: bool) -> None:
         self.broken = broken
+        self._empty = 0 if self._brought else self._empty + 1
         chunks, self._chunks = self._chunks, None
         self._buffer.clear()
         if chunks is not None:

@@ -281,6 +281,10 @@ class Transport:
         broken off."""
         return self._body(path, body, silence)
 
+    async def rest(self, times: int) -> None:
+        """Wait as long as a call does that has failed so many times."""
+        await self._sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(times, 10)))
+
     @property
     def closed(self) -> bool:
         """It was closed."""

@@ -93,7 +93,7 @@ def _read(path: str) -> str:
             text = file.read(LARGEST + 1)
     except OSError as error:
         raise InvalidInput(
-            f"{path} cannot be read: {error.strerror or error}; name a PEM file that the server's user may read"
+            f"{path} cannot be read: {error.strerror or error}; name a PEM file that the server may read"
         ) from error
     if len(text) > LARGEST:
         raise InvalidInput(f"{path} is larger than {LARGEST} bytes: it is no PEM file")

@@ -62,8 +62,7 @@ _CHUNK = 1 << 20
 TAKE_PAYLOAD = 16384
 """Payloads up to this size are handed to ``decide``, as the SQLite store does."""
 
-SESSION = "\udcff"
-"""Begins the key of a producer's session among the unique keys. No user's key holds it: it is no Unicode text."""
+SESSION = "\udcff"  # begins the key of a producer's session among the unique keys; no Unicode text holds it
 
 _Undo = list[Callable[[], None]]
 
@@ -125,10 +124,9 @@ class MemoryStore:
         self._data = _Data()
         self._closed = False
         self._writes = self._commits = self._ops = self._conflicts = 0
+        # The request that the insert before was of, in this call; and why it is refused, if it is.
         self._serial: Serial | None = None
-        """The request that the insert before was of, in this call."""
         self._passed: Cause | None = None
-        """Why that is refused, if it is."""
         self._capabilities = Capabilities(
             name="memory",
             reach=Reach.PROCESS,

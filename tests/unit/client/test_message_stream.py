@@ -213,6 +213,31 @@ async def test_a_connection_without_a_sign_of_life_is_given_up() -> None:
             assert (await waits).id == ID % 2
 
 
+async def test_who_is_hung_up_on_again_and_again_does_not_knock_without_a_pause() -> None:
+    async def script(asked: Asked) -> Say | Drop:
+        return Drop(_opening())
+
+    rests: list[int] = []
+    enough = asyncio.Event()
+
+    async def rest(times: int) -> None:
+        rests.append(times)
+        if times == 4:
+            enough.set()
+            await asyncio.Event().wait()
+
+    async with fake(script) as server, _client(server) as pond, pond.queue("orders").stream() as stream:
+        pond.transport.rest = rest  # type: ignore[method-assign]
+        async with asyncio.timeout(20):
+            waits = asyncio.ensure_future(anext(stream))
+            await enough.wait()
+            waits.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waits
+        assert rests == [2, 3, 4], "the first time it is made anew at once"
+        assert len(server.asked) == 4
+
+
 async def test_closing_the_pond_ends_who_waits() -> None:
     clock = ManualClock()
     async with Pond(MemoryStore(clock=clock), clock=clock) as local, running(local) as url:

@@ -92,6 +92,12 @@ class Together(Applier):
         if name is not self._name or namespace is not self._namespace:
             tally = self._turn(namespace, name)
         queue, counts = tally.queue, tally.counts
+        serial = None
+        for op in ops:
+            if op.serial is not None and op.serial is not serial:
+                serial = op.serial
+                if self._pass(queue, serial) is not None:
+                    raise Singly
         seq = self.number()
         self._sequence = seq + len(ops)
         values: list[Any] = []
