@@ -24,7 +24,7 @@ from tests.unit.stores.objects.test_faults import SCENES
 
 from millpond.errors import StoreError
 from millpond.stores.base import Box, Cause, Conflict, Remove, Removed, Update, Updated
-from millpond.stores.objects import records
+from millpond.stores.objects import names, records
 from millpond.stores.objects.records import Kind
 from millpond.stores.objects.store import ObjectStore
 
@@ -150,6 +150,10 @@ async def test_an_intent_is_left_to_its_writer_while_it_is_young() -> None:
         await other.list("default", "q", Box.LIVE)
         await rig.settle(other)
         assert [name for name in rig.root.objects if name in moving] == moving
+        for name in moving:
+            # Nor by who listed it when it was old, and before somebody else took it over.
+            assert not await other._moves.rescue(names.parse(name))
+            assert name in rig.root.objects
         if moving:
             # It is found all the same, where it is going.
             id = records.decode_held(rig.root.objects[moving[0]], moving[0]).id  # type: ignore[union-attr]
