@@ -49,7 +49,6 @@ class Together(Applier):
     def write(self, ops: Sequence[Op]) -> list[Outcome]:
         """As `Applier.write`; raises `Singly`."""
         if len(ops) >= TOGETHER:
-            self._serial = None
             kind = ops[0].__class__
             outcomes: list[Outcome] | None = None
             if kind is Insert:
@@ -110,12 +109,7 @@ class Together(Applier):
         free = (due // BUCKET << KIND_BITS) | FREE
         volume = size = 0
         for op in ops:
-            item, payload, serial = op.item, op.payload, op.serial
-            if serial is not None:
-                if serial is not self._serial:
-                    self._serial, self._passed = serial, self._pass(queue, serial)
-                if self._passed is not None:
-                    raise Singly
+            item, payload = op.item, op.payload
             if op.due != due:
                 due = op.due
                 mark = self._new_mark = Mark("1", due, False, None, Box.LIVE)
