@@ -282,7 +282,7 @@ async def test_a_file_that_a_stranger_has_for_itself_is_busy_at_opening(copied: 
 
 READ_ONLY = """
 import asyncio, os, sys
-import millpond, millpond.pond, millpond.stores.sqlite
+import millpond, millpond.connecting, millpond.pond, millpond.stores.sqlite
 if os.geteuid() == 0:
     os.seteuid(65534)  # one to whom permissions apply
 async def main():

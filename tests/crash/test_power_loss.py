@@ -184,15 +184,21 @@ def spread(fraction: int) -> Callable[[int, str], bool]:
     return lambda count, fate: ALL or (count * 7 + offsets[fate] * 3) % fraction == 0
 
 
-EARLY = pytest.mark.parametrize("early", [False, True], ids=["synced with the commit", "synced after it"])
-"""With others waiting, the lock is given back before the log is synced."""
+EARLY = pytest.mark.parametrize(
+    ("early", "ahead"),
+    [(False, 10**9), (True, 10**9), (True, 1)],
+    ids=["synced with the commit", "synced after it", "synced beside the next"],
+)
+"""With others waiting, the lock is given back before the log is synced; and with many ops, the next transaction is
+filled meanwhile."""
 
 
 @EARLY
 def test_nothing_acknowledged_is_lost_with_the_power(
-    early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    early: bool, ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer.Writer, "always_early", early)
+    monkeypatch.setattr(writer, "AHEAD_OPS", ahead)
     made = record(tmp_path / "origin", monkeypatch)
     cases, kinds = survive_losses(made, tmp_path, spread(17))
     assert cases > 80
@@ -260,12 +266,15 @@ async def trouble(stage: Stage, kept: list[dict[str, Model]], folder: Path) -> M
 
 
 @pytest.mark.parametrize(
-    ("how", "early"), [(how, False) for how in ("before", "middle", "after", "error", "full")] + [("middle", True)]
+    ("how", "early", "ahead"),
+    [(how, False, 10**9) for how in ("before", "middle", "after", "error", "full")]
+    + [("middle", True, 10**9), ("middle", True, 1)],
 )
 def test_a_process_is_told_of_trouble_with_its_disk(
-    how: str, early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, early: bool, ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer.Writer, "always_early", early)
+    monkeypatch.setattr(writer, "AHEAD_OPS", ahead)
     made = record(tmp_path / "origin", monkeypatch)
     last = made.answered[-1].operations
     told: set[type[MillpondError]] = set()

@@ -17,17 +17,20 @@ from typing import NamedTuple
 
 from millpond import lifecycle
 from millpond.errors import InvalidInput, LeaseLost, MillpondError, StoreError
+from millpond.model.codec import encode
 from millpond.model.message import Status
 from millpond.service.config import QueuePolicy, milliseconds, short_text
 from millpond.service.consuming import Consuming, Delivery
 from millpond.service.core import QueueKey
 from millpond.service.ready import ReadyCache, Record
-from millpond.stores.base import Conflict, Item, Mark, Remove, Stored, Update, Updated
+from millpond.stores.base import Box, Conflict, Item, Mark, Remove, Stored, Update, Updated
 
 log = logging.getLogger("millpond.service")
 
 HAND_OUT_LIMIT = 30_000
 """Milliseconds for which a candidate counts as being handed out; a taker that vanished blocks it no longer."""
+
+_LIVE = Box.LIVE  # Looking a member up in its class is slow (Python 3.11).
 
 MAX_TAKE = 1000
 """Messages of one write to a store that chooses for itself; a larger claim is several, so that no writer waits long."""
@@ -125,6 +128,7 @@ class Claiming(Consuming):
             return
         plans: list[Plan] = []
         now = self.clock.now_ms()
+        judge = self._judge
 
         def decide(stored: Stored) -> tuple[Update | Remove, Plan] | None:
             try:
@@ -133,7 +137,7 @@ class Claiming(Consuming):
                 # One record that cannot be read must not keep the others from being delivered.
                 self.report_unreadable(cache, stored, error)
                 return None
-            judged = self._judge(record, now, grant)
+            judged = judge(record, now, grant)
             if judged is None:
                 return None
             plan = (record, judged[1])
@@ -306,7 +310,19 @@ class Claiming(Consuming):
         )
         if verdict.__class__ is lifecycle.Deliver:
             assert isinstance(verdict, lifecycle.Deliver)
-            return self.update(record, verdict.status, record.payload is None), verdict
+            status = verdict.status
+            # update(), written out: this is paid per delivery.
+            op = Update(
+                record.item,
+                record.mark,
+                status.visible_at,
+                True,
+                status.expires_at,
+                _LIVE,
+                encode(status),
+                record.payload is None,
+            )
+            return op, verdict
         if isinstance(verdict, lifecycle.Wait):
             return None
         if isinstance(verdict, lifecycle.Bury):

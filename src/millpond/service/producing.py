@@ -302,7 +302,21 @@ class Producing(Core):
             False,
             crc32(data),
         )
-        return _finish(stamp, head, data, None, "", chosen, serial)
+        # _finish(), written out: this is paid per message.
+        status = stamp.status
+        op = Insert(
+            Item(key[0], key[1], id, DEFAULT_PRIORITY, None, len(data), False),
+            status.visible_at,
+            status.expires_at,
+            encode(head),
+            stamp.encoded,
+            data,
+            None,
+            "",
+            chosen,
+            serial,
+        )
+        return _Draft(op, head, status, data)
 
     def _tell(self, key: QueueKey, drafts: Sequence[_Draft], outcomes: Sequence[Outcome]) -> None:
         """Tell those who wait for messages of the queue, and its ready cache, what was inserted."""

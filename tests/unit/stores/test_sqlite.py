@@ -16,7 +16,7 @@ import pytest
 
 import millpond
 from millpond.errors import OutcomeUnknown, StoreBusy, StoreClosed, StoreError, StoreFull, StoreMismatch
-from millpond.stores.sqlite import writer
+from millpond.stores.sqlite import schema, writer
 from millpond.stores.sqlite.lock import Turnstile
 
 Scenario = Callable[[millpond.Pond], Awaitable[None]]
@@ -135,9 +135,9 @@ def test_with_others_waiting_the_loop_commits_while_that_is_quick(
         threads: list[int] = []
         commit = own._commit
 
-        def recorded(batch: writer.Batch) -> None:
+        def recorded(batch: writer.Batch, freed: Callable[[], object] | None = None) -> None:
             threads.append(threading.get_ident())
-            commit(batch)
+            commit(batch, freed)
 
         own._commit = recorded
         own._commit_seconds = seconds
@@ -246,6 +246,73 @@ def test_a_log_that_cannot_be_synced_leaves_it_open_whether_that_was_written(
         assert [message.payload for message in await queue.receive(2)] == [b"perhaps", b"surely"]
 
     monkeypatch.setattr(writer.Writer, "always_early", True)
+    run(path, scenario)
+
+
+def test_the_next_transaction_is_filled_while_the_log_is_synced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was first is answered when that is done, and not before; closing waits for it."""
+    monkeypatch.setattr(writer, "AHEAD_OPS", 1)
+    syncing, go_on = threading.Event(), threading.Event()
+
+    def slow(path: str) -> None:
+        syncing.set()
+        assert go_on.wait(30)
+        schema.sync_log(path)
+
+    async def scenario(pond: millpond.Pond) -> None:
+        queue = pond.queue("q")
+        await queue.enqueue(b"warm")
+        monkeypatch.setattr(writer, "sync_log", slow)
+        first = asyncio.create_task(queue.enqueue(b"first"))
+        assert await asyncio.to_thread(syncing.wait, 30)
+        own = pond.store._writer  # type: ignore[attr-defined]
+        while own._away:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(queue.enqueue(b"second"))
+        while not own._away:
+            await asyncio.sleep(0)
+        assert not own._pending, "the second is in its transaction"
+        assert not first.done()
+        closing = asyncio.create_task(pond.close())
+        await asyncio.sleep(0)
+        assert not closing.done()
+        go_on.set()
+        await asyncio.gather(first, second, closing)
+        async with millpond.connect(url(path)) as again:
+            messages = await again.queue("q").receive(10)
+        assert [message.payload for message in messages] == [b"warm", b"first", b"second"]
+
+    run(path, scenario)
+
+
+def test_of_transactions_one_upon_the_other_each_hears_of_its_own_sync(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "AHEAD_OPS", 1)
+
+    async def scenario(pond: millpond.Pond) -> None:
+        queue = pond.queue("q")
+        await queue.enqueue(b"warm")
+        fate = [OSError(errno.EIO, os.strerror(errno.EIO)), None]
+
+        def sync(path: str) -> None:
+            error = fate.pop(0)
+            if error is not None:
+                raise error
+            schema.sync_log(path)
+
+        monkeypatch.setattr(writer, "sync_log", sync)
+        own = pond.store._writer  # type: ignore[attr-defined]
+        first = asyncio.create_task(queue.enqueue(b"perhaps"))
+        while not own._away:
+            await asyncio.sleep(0)
+        second = asyncio.create_task(queue.enqueue(b"surely"))
+        with pytest.raises(OutcomeUnknown):
+            await first
+        await second
+        assert not fate
+        assert own._syncing == 0
+
     run(path, scenario)
 
 

@@ -37,11 +37,12 @@ from millpond.stores.base import (
     Reseal,
     Serial,
     StateWritten,
+    Stored,
     Update,
     Updated,
 )
 from millpond.stores.sqlite.heads import Heads
-from millpond.stores.sqlite.rows import ready
+from millpond.stores.sqlite.rows import ETAGS
 from millpond.stores.sqlite.schema import (
     BLOCKED,
     BLOCKED_LEASED,
@@ -218,6 +219,11 @@ class Applier:
                         run(_COUNT_OUT, (queue, kind, bucket, -n))
         return self._connection.total_changes() != self._before
 
+    def roll_back(self) -> None:
+        """Undo the open transaction, if there is one. Raises apsw.Error."""
+        if self._connection.in_transaction:
+            self._run("ROLLBACK")
+
     def committed(self) -> None:
         """The transaction is in the file: what it added to the cache of queues is true."""
         if self._new_queues:
@@ -284,7 +290,16 @@ class Applier:
                 if not rows:
                     break
             row = rows.popleft()
-            decided = decide(ready(namespace, name, row))
+            seq, version, due, leased, expires, _, id, priority, group, size, external, status, head, payload = row
+            decided = decide(
+                Stored(
+                    Item(namespace, name, id, priority, group, size, external == 1, seq),
+                    Mark(ETAGS[version] if version < 256 else str(version), due, leased == 1, expires, _LIVE),
+                    head,
+                    status,
+                    payload,
+                )
+            )
             if decided is None:
                 continue
             op = decided[0]

@@ -11,7 +11,7 @@ FROM = "FROM message m JOIN body b ON b.seq=m.seq"
 
 _BOXES = {int(box): box for box in Box}
 _LIVE = Box.LIVE
-_ETAGS = [str(version) for version in range(256)]
+ETAGS = [str(version) for version in range(256)]
 """ETags of the versions that nearly all records have."""
 
 
@@ -21,18 +21,6 @@ def stored(namespace: str, queue: str, row: Any, payload: bytes | None = None) -
     return Stored(
         Item(namespace, queue, id, priority, group, size, external == 1, seq),
         Mark(str(version), due, leased == 1, expires, _BOXES[box]),
-        head,
-        status,
-        payload,
-    )
-
-
-def ready(namespace: str, queue: str, row: Any) -> Stored:
-    """The live record in a row of `COLUMNS` and its payload."""
-    seq, version, due, leased, expires, _, id, priority, group, size, external, status, head, payload = row
-    return Stored(
-        Item(namespace, queue, id, priority, group, size, external == 1, seq),
-        Mark(_ETAGS[version] if version < 256 else str(version), due, leased == 1, expires, _LIVE),
         head,
         status,
         payload,

@@ -107,16 +107,17 @@ class Together(Applier):
         if mark.due != due or mark.expires is not None:
             mark = self._new_mark = Mark("1", due, False, None, Box.LIVE)
         free = (due // BUCKET << KIND_BITS) | FREE
-        volume = size = 0
+        volume = size = many = 0
         for op in ops:
             item, payload = op.item, op.payload
             if op.due != due:
                 due = op.due
                 mark = self._new_mark = Mark("1", due, False, None, Box.LIVE)
-                free = (due // BUCKET << KIND_BITS) | FREE
+                counts[free] = counts.get(free, 0) + many
+                free, many = (due // BUCKET << KIND_BITS) | FREE, 0
             values += (seq, queue, item.priority, due, item.size, item.id, item.priority, op.status)
             bodies.append((seq, op.head, payload))
-            counts[free] = counts.get(free, 0) + 1
+            many += 1
             volume += len(payload)
             size += item.size
             outcomes.append(Inserted(item, mark, seq))
@@ -133,6 +134,7 @@ class Together(Applier):
             if cast(Any, error).extendedresult != apsw.SQLITE_CONSTRAINT_UNIQUE:
                 raise
             raise Singly from error
+        counts[free] = counts.get(free, 0) + many
         counts[BYTES] = counts.get(BYTES, 0) + size
         counts[INSERTED] = counts.get(INSERTED, 0) + len(ops)
         self.volume += volume
@@ -147,14 +149,21 @@ class Together(Applier):
             raise Singly
         tally = self._tallies.get(key) or self._turn(*key)
         counts = tally.counts
+        # What is taken together mostly was due, and will be, within one bucket.
+        last, moved = (-1, -1), 0
         for op in ops:
             mark, due, leased = op.mark, op.due, op.leased
-            old = (mark.due // BUCKET << KIND_BITS) | (LEASED if mark.leased else FREE)
-            counts[old] = counts.get(old, 0) - 1
-            new = (due // BUCKET << KIND_BITS) | (LEASED if leased else FREE)
-            counts[new] = counts.get(new, 0) + 1
+            step = (
+                (mark.due // BUCKET << KIND_BITS) | (LEASED if mark.leased else FREE),
+                (due // BUCKET << KIND_BITS) | (LEASED if leased else FREE),
+            )
+            if step != last:
+                _move(counts, last, moved)
+                last, moved = step, 0
+            moved += 1
             if not leased or due < mark.due:
                 tally.changed = True
+        _move(counts, last, moved)
 
     def _remove_many(self, ops: Sequence[Remove]) -> list[Outcome] | None:
         """As `_remove` of each, if all are plain ones; None: they are not, and nothing was done."""
@@ -201,3 +210,11 @@ class Together(Applier):
                 count_removed(tally, (op,))
                 outcomes.append(REMOVED)
         return outcomes
+
+
+def _move(counts: dict[int, int], step: tuple[int, int], n: int) -> None:
+    """``n`` records went from one kind and bucket to another."""
+    if n:
+        old, new = step
+        counts[old] = counts.get(old, 0) - n
+        counts[new] = counts.get(new, 0) + n

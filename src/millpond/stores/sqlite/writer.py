@@ -8,6 +8,7 @@ and of the lock:
 - Only what waits is done in the writer thread: for the lock, and for COMMIT. The loop gathers meanwhile. The loop lets
   the thread begin before it goes on: a thread that wants the GIL of a busy loop gets it after 5 ms, and a COMMIT that
   begins only then is one that the loop waits for.
+- A COMMIT of many ops only writes the log; the fsync follows, and the loop fills the next transaction meanwhile.
 - Where other processes wait for the lock, the loop commits by itself as long as that takes next to no time: the thread
   would want the GIL once more to give the lock back, and all processes would wait for that. And the lock is given back
   as soon as the transaction is in the log, before the log is on the disk: the fsync is most of a COMMIT, and others can
@@ -39,13 +40,14 @@ from millpond.errors import MillpondError, OutcomeUnknown, StoreBusy, StoreClose
 from millpond.model.clock import Clock, TimerHandle
 from millpond.stores.base import Op, Outcome, QueueName, Removed, Updated
 from millpond.stores.sqlite.apply import Take
-from millpond.stores.sqlite.calls import Batch, Call, Job, Offer, Place, blame, own
+from millpond.stores.sqlite.calls import Batch, Call, Job, Offer, Place
 from millpond.stores.sqlite.failures import translate
+from millpond.stores.sqlite.filling import fill
 from millpond.stores.sqlite.lock import Turnstile
 from millpond.stores.sqlite.room import Gauge
 from millpond.stores.sqlite.schema import sync_log
 from millpond.stores.sqlite.threads import Background, tell
-from millpond.stores.sqlite.together import Singly, Together
+from millpond.stores.sqlite.together import Together
 
 MAX_OPS = 1000
 """Ops after which a transaction takes no further call: larger ones gain nothing (60 k messages/s at 200, 66 k at 1000)
@@ -57,8 +59,9 @@ HAND_OVER = 0.002
 SPLIT_OPS = 64
 """Ops from which a transaction takes only half of what there is to do. While one half is on its way to the disk, the
 callers of the other half compute: both cores work. Below, a second fsync costs more than that gains."""
-MAX_BYTES = 16 * 1024 * 1024
-"""Payload bytes after which a transaction takes no further call: about one WAL's worth."""
+AHEAD_OPS = 200
+"""Ops from which a COMMIT only writes the log, and the loop fills the next transaction while that is synced: one part
+in twenty with large batches, and nothing with 256 callers of single messages."""
 LOOK = 0.002
 """Seconds for which the next in line looks for the lock from the loop."""
 LOOK_EVERY = 0.00025
@@ -113,6 +116,8 @@ class Writer:
         self._job_next = False
         self._answered = 0
         """Ops of the transaction that has just been answered, whose callers are about to come again."""
+        self._syncing = 0
+        """Ops that are committed, and on their way to the disk."""
         self._timer: TimerHandle | None = None
         self._idle: asyncio.Future[None] | None = None
         self._closing = False
@@ -245,7 +250,7 @@ class Writer:
             self._next_in_line(place, time.perf_counter())
         else:
             try:
-                self._begin(self.always_early)
+                self._begin(self.always_early or self.waiting_ops >= AHEAD_OPS)
             except apsw.BusyError:
                 began = time.perf_counter()
                 self._wait(lambda: self._begin_in_thread(began))
@@ -264,9 +269,9 @@ class Writer:
         """With the lock held and a transaction begun: run up to ``limit`` ops of what is pending, then have the thread
         commit them; or commit them here, if the lock is ``contended`` and that is quick."""
         try:
-            batch = self._fill(self._pending, limit)
+            batch = fill(self._applier, self._gauge.measure(), self._path, self._pending, limit)
         except BaseException:  # an interrupt: the loop is about to end, the lock must not stay behind
-            self._roll_back()
+            self._applier.roll_back()
             self._lock.release()
             raise
         if batch.wrote:
@@ -297,7 +302,7 @@ class Writer:
     def _settled(self) -> bool:
         """Nothing is under way that anybody waits for. (The thread may still wait for a lock that nobody needs.)"""
         unneeded = self._waiting and (self._job is None or self._job.future.done())
-        return not self._pending and not self._jobs and (not self._away or unneeded)
+        return not self._pending and not self._jobs and not self._syncing and (not self._away or unneeded)
 
     async def finish(self) -> None:
         """Take no more; wait for what was submitted."""
@@ -322,6 +327,21 @@ class Writer:
         self._applier.wanted.clear()
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
+
+    def _freed(self, batch: Batch) -> None:
+        """The thread has committed, and is about to sync: the next transaction can be filled meanwhile."""
+        self._away = False
+        self._syncing += batch.ops
+        self._answered = batch.ops  # they come once they are answered
+        self._again()
+        self._answered = 0
+
+    def _synced(self, batch: Batch) -> None:
+        """What was committed before is durable, or nobody knows."""
+        self._syncing -= batch.ops
+        self._settle(batch)
+        if self._settled:
+            self._rest()
 
     def _done(self, batch: Batch) -> None:
         """The thread has committed (or failed to) and released the lock."""
@@ -493,20 +513,23 @@ class Writer:
                 job.future.set_result(job.result)
         self._again()
 
-    def _commit(self, batch: Batch) -> None:
-        began = time.perf_counter()
+    def _commit(self, batch: Batch, freed: Callable[[], object] | None = None) -> None:
+        """Commit, and see that it is durable; ``freed`` is called in between, if what follows needs no connection."""
+        began, early = time.perf_counter(), self._early
         error: StoreError | None = None
         try:
             self._applier.execute("COMMIT")
         except apsw.Error as failure:
             error = translate(failure, self._path, self._connection)
-            self._roll_back()
+            self._applier.roll_back()
             if isinstance(error, StoreFull):
                 self._begin_log_anew()
         self._lock.release()
         if error is None:
             self._applier.committed()
-            if self._early:
+            if early:
+                if freed is not None:
+                    freed()
                 error = self._sync_log()
             batch.seconds = time.perf_counter() - began
             self._commit_seconds += (batch.seconds - self._commit_seconds) / 16
@@ -527,8 +550,15 @@ class Writer:
 
     def _commit_in_thread(self, batch: Batch) -> None:
         self._begun.release()
-        self._commit(batch)
-        tell(self._loop, self._done, batch)
+        told = self._done
+
+        def freed() -> None:
+            nonlocal told
+            told = self._synced
+            tell(self._loop, self._freed, batch)
+
+        self._commit(batch, freed if batch.ops >= AHEAD_OPS else None)
+        tell(self._loop, told, batch)
 
     def _wait_in_thread(self) -> None:
         began = time.perf_counter()
@@ -579,7 +609,7 @@ class Writer:
                 else:
                     left.append(call)
             self._pending.extendleft(reversed(left))
-        batch = self._fill(source, MAX_OPS)
+        batch = fill(self._applier, self._gauge.measure(), self._path, source, MAX_OPS)
         with self._mutex:
             self._pending.extendleft(reversed(source))
         self.numbers["lock_wait_seconds"] += waited
@@ -623,10 +653,6 @@ class Writer:
             if error is not None:
                 self._fail(batch, error)
 
-    def _roll_back(self) -> None:
-        if self._connection.in_transaction:
-            self._applier.execute("ROLLBACK")
-
     def _begin_log_anew(self) -> None:
         """Bring the log into the database, if that still can be done, and give back its room."""
         with suppress(apsw.Error):  # no room there either: it is tried again with the next transaction
@@ -639,61 +665,3 @@ class Writer:
         for call in batch.calls:
             if call.error is None:
                 call.error = type(error)(str(error))
-
-    def _fill(self, source: deque[Call], limit: int) -> Batch:
-        """Apply calls from ``source`` to the open transaction, until it has ``limit`` ops.
-
-        A call that raises is left out: the transaction is rolled back, and the others are applied again without it. One
-        whose ops cannot be written together is applied again singly.
-        When the disk is full, those that need no more of it get another chance: acks make room.
-        """
-        applier, batch = self._applier, Batch()
-        failed: list[Call] = []
-        again: deque[Call] = deque()
-        room = self._gauge.measure()
-        while True:
-            calls: list[Call] = []
-            ops = 0
-            current: Call | None = None
-            applier.begin()
-            try:
-                while again or (source and ops < limit and applier.volume < MAX_BYTES):
-                    current = again.popleft() if again else source.popleft()
-                    if current.future.done():
-                        continue
-                    if room.refusal is not None and current.grows:
-                        current.error = StoreFull(str(room.refusal))
-                        failed.append(current)
-                        continue
-                    current.outcomes = current.apply(current.request)
-                    calls.append(current)
-                    ops += current.size
-                current = None
-                batch.wrote = applier.finish()
-                break
-            except Exception as error:
-                self._roll_back()
-                if current is not None:
-                    calls.append(current)
-                calls += again
-                if current is not None and current.singly is not None and isinstance(error, Singly):
-                    blamed = []
-                    current.apply, current.singly = current.singly, None
-                else:
-                    blamed = blame(error, current, calls)
-                for call in blamed:
-                    call.error = own(error, self._path)
-                failed += blamed
-                again = deque(call for call in calls if call.error is None)
-                calls = []
-                try:
-                    applier.execute("BEGIN IMMEDIATE")
-                except apsw.Error as failure:
-                    for call in again:
-                        call.error = translate(failure, self._path)
-                    failed += again
-                    break
-        batch.calls = calls + failed
-        batch.ops = ops
-        batch.changed, batch.doomed, batch.tight = applier.changed, applier.doomed, room.tight
-        return batch
