@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import millpond
-from millpond import Config, InvalidInput, LeaseLost, Message, OutcomeUnknown, Pond, Queue
+from millpond import Config, InvalidInput, LeaseLost, Message, OutcomeUnknown, Pond, Queue, StateConflict
 from millpond.client.asking import encode
 from millpond.client.pond import RemotePond
 from millpond.model.clock import ManualClock, SystemClock
@@ -354,6 +354,27 @@ async def test_an_extension_and_a_state_are_only_set_again() -> None:
         await message.ack()
 
 
+async def test_a_save_of_a_version_is_known_when_it_is_repeated() -> None:
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        service, delivery = at.remote_pond._remote, message._delivery
+        at.proxy.drop("state/save")
+        first = await service.save_state(delivery, 1, etag=None)
+        at.proxy.drop("state/save")
+        second = await service.save_state(delivery, 2, etag=first)
+        assert second != first
+        with pytest.raises(StateConflict):
+            await service.save_state(delivery, 3, etag=first)
+        at.proxy.drop("state/delete")
+        await service.delete_state(delivery, etag=second)
+        assert await message.state.load() is None
+        assert at.proxy.dropped == 3
+        with pytest.raises(StateConflict):
+            await service.delete_state(delivery, etag=second)
+        await service.save_state(delivery, 4, etag=None)
+        assert await message.state.load() == 4
+
+
 async def test_a_policy_is_only_set_again() -> None:
     async with lab() as at:
         at.proxy.drop("policy")
@@ -500,6 +521,14 @@ async def test_a_save_that_was_held_up_on_its_way_does_not_undo_a_later_one() ->
         for late in (deletion, first):
             await call("/v1/state/delete" if late is deletion else "/v1/state/save", late)
         assert await message.state.load() == {"step": 3}
+        await message.state.delete()
+        deletion = requests.pop()
+        for late in (first, second):
+            await call("/v1/state/save", late)
+        assert await message.state.load() is None
+        await message.state.save({"step": 4})
+        await call("/v1/state/delete", deletion)
+        assert await message.state.load() == {"step": 4}
         # The next holder is another writer, and writes what it likes.
         at.clock.advance(61)
         [again] = await at.local.receive()
