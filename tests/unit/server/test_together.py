@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
+import logging
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +18,7 @@ from tests.unit.server.raw import Connection
 
 from millpond import testing
 from millpond.errors import StoreFull
-from millpond.server import together
+from millpond.server import logs, together
 from millpond.server.auth import Guard
 from millpond.server.context import Context
 from millpond.server.exchange import Exchange
@@ -277,6 +279,29 @@ async def test_trouble_of_the_store_is_told_to_each() -> None:
         made.server.context.pond.service.enqueue_many = full  # type: ignore[method-assign]
         replies = await made.ask(ENQUEUE, *[enqueue(b"x")] * 3)
         assert [(reply.status, reply.code) for reply in replies] == [(503, "store_full")] * 3
+
+
+async def test_what_is_logged_of_all_of_them_carries_all_their_ids() -> None:
+    async with fleet(3) as made:
+        await made.ask(ENQUEUE, enqueue(b"x"))
+        service: Any = made.server.context.pond.service
+        enqueue_many, kept = service.enqueue_many, []
+
+        async def noisy(*given: Any, **more: Any) -> Any:
+            logging.getLogger("millpond.test").warning("millpond.test.slow")
+            kept.append(logs.current.get())
+            return await enqueue_many(*given, **more)
+
+        service.enqueue_many = noisy
+        stream = io.StringIO()
+        with logs.logging_to(stream, form="json"):
+            replies = await made.ask(ENQUEUE, *[enqueue(b"x")] * 3)
+        [line] = [json.loads(line) for line in stream.getvalue().splitlines()]
+        ids = [reply.headers["x-correlation-id"] for reply in replies]
+        assert len(set(ids)) == 3
+        assert sorted(line["correlation_id"].split()) == sorted(ids)
+        # What goes on in the background does not keep the requests.
+        assert [one.correlation_id for one in kept] == [""]
 
 
 async def test_an_unforeseen_error_is_told_to_each_without_its_text() -> None:
