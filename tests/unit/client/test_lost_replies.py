@@ -326,7 +326,7 @@ async def test_the_callers_own_repetition_is_told_apart_from_a_second_answer() -
         assert isinstance(remote, millpond.client.service.RemoteService)
         at.proxy.drop("ackBatch")
         task = asyncio.ensure_future(message.ack())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not at.proxy.dropped:
                 await asyncio.sleep(0)
             task.cancel()
@@ -435,7 +435,7 @@ async def test_an_extension_that_got_no_reply_may_have_made_the_lease_shorter() 
         message = await at.held(visibility=60)
         at.proxy.drop("extendBatch")
         task = asyncio.ensure_future(message.extend(5))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not at.proxy.dropped:
                 await asyncio.sleep(0)
         task.cancel()
@@ -469,7 +469,7 @@ async def _cancelled(at: Lab, answer: str, message: Message) -> None:
     before = at.proxy.dropped
     at.proxy.drop(path)
     task: asyncio.Future[Any] = asyncio.ensure_future(act(message, at.remote))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while at.proxy.dropped == before:
             await asyncio.sleep(0)
     task.cancel()

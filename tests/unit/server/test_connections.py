@@ -53,7 +53,7 @@ class Rig:
 
     async def until(self, condition: Callable[[], Any]) -> None:
         """Let real sockets catch up."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.001)
 
@@ -80,7 +80,7 @@ async def rig(**settings: Any) -> AsyncIterator[Rig]:
 
 async def closed(connection: Connection) -> bool:
     """Nothing more comes."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with contextlib.suppress(ConnectionError):
             assert await connection.reader.read() == b""
     return True
@@ -406,7 +406,7 @@ async def test_a_client_that_goes_is_noticed_behind_a_request_that_waits_for_its
             [one] = made.watch.connections
             await made.until(one.hung_up)
             await made.pass_time(1)
-        await asyncio.wait_for(made.gone.wait(), 20)
+        await asyncio.wait_for(made.gone.wait(), 60)
         await made.until(lambda: not made.watch.connections)
 
 
@@ -422,7 +422,7 @@ async def test_what_lies_unread_hides_nothing() -> None:
         [one] = made.watch.connections
         await made.until(one.hung_up)
         await made.pass_time(1)
-        await asyncio.wait_for(made.gone.wait(), 20)
+        await asyncio.wait_for(made.gone.wait(), 60)
 
 
 @filled

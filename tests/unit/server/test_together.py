@@ -218,7 +218,7 @@ async def test_who_gets_no_message_waits_for_one() -> None:
         assert done == {one}, "whoever came first has the message"
         assert decoded(one.result()).body["messages"][0]["payload"] == text(b"first")
         await made.service.enqueue("default", "q", b"second")
-        assert decoded(await asyncio.wait_for(two, 20)).body["messages"][0]["payload"] == text(b"second")
+        assert decoded(await asyncio.wait_for(two, 60)).body["messages"][0]["payload"] == text(b"second")
         assert waiting == {two}
 
 
@@ -418,7 +418,7 @@ async def test_a_client_that_reads_slowly_holds_nobody_up(monkeypatch: pytest.Mo
             await asyncio.sleep(0.001)
         assert sum(task.done() for task in tasks) == 2
         slow.flow.resume_writing()  # type: ignore[union-attr]
-        assert len(await asyncio.wait_for(asyncio.gather(*tasks), 20)) == 3
+        assert len(await asyncio.wait_for(asyncio.gather(*tasks), 60)) == 3
         assert done
 
 
@@ -439,7 +439,7 @@ async def test_a_server_that_ends_leaves_no_request_open() -> None:
         for task in list(made.server._state.tasks):
             task.cancel()
         for connection in made.connections:
-            assert await asyncio.wait_for(connection.reader.read(), 20) == b""
+            assert await asyncio.wait_for(connection.reader.read(), 60) == b""
         assert not made.server.app.together._open
 
 
@@ -454,7 +454,7 @@ async def test_nobody_waits_for_the_end_of_a_flow_that_has_none() -> None:
 
         others = asyncio.create_task(flow())
         try:
-            [reply] = await asyncio.wait_for(made.ask(ENQUEUE, enqueue(b"x")), 20)
+            [reply] = await asyncio.wait_for(made.ask(ENQUEUE, enqueue(b"x")), 60)
         finally:
             others.cancel()
             await asyncio.wait({others})
@@ -489,4 +489,4 @@ async def test_an_answer_that_goes_wrong_ends_its_connection_and_those_behind_it
         made.write(ENQUEUE, *[enqueue(b"x")] * 3)
         assert (await made.connections[0].answer()).status == 200
         for connection in made.connections[1:]:
-            assert await asyncio.wait_for(connection.reader.read(), 20) == b""
+            assert await asyncio.wait_for(connection.reader.read(), 60) == b""
