@@ -40,7 +40,7 @@ LEAST_RATE = 128
 which somebody only wants to hold the connection."""
 LEAST_TICK = 0.02
 MOST_AT_ONCE = 256 * 1024
-"""Bytes that an event loop reads at once."""
+"""Bytes that an event loop reads at once, without TLS."""
 
 MOST_AHEAD = 65_536
 """Bytes that are read while a request waits for the answer to another. More would take memory; but as long as reading
@@ -178,6 +178,8 @@ class Connection(FastProtocol):
         """Bytes that came while a request waited for the answer to another."""
         self._quiet = 0
         """Bytes that came since a part of the body did: trailers, extensions of chunks, which nobody reads."""
+        self._came = False
+        """A head or a part of a body was in the bytes that came last."""
         self._stalled: int | None = None
         """Since when the client reads nothing."""
         self._peer: Identity | None = None
@@ -248,6 +250,7 @@ class Connection(FastProtocol):
                 self.flow.pause_reading()
         self._chunk = size
         self._fed += size
+        self._came = False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -261,7 +264,8 @@ class Connection(FastProtocol):
                 if self._fed > self._max_head + self._first:
                     self._head_too_large()
             elif self._stage == BODY:
-                self._quiet += size
+                # Not by how much came: what TLS decrypts after a pause can be a megabyte of body in one piece.
+                self._quiet = 0 if self._came else self._quiet + size
                 if self._quiet > self._max_head + MOST_AT_ONCE:
                     self._head_too_large()
 
@@ -294,6 +298,7 @@ class Connection(FastProtocol):
             self._head_too_large()
             return
         self._stage, self._since, self._body, self._quiet = BODY, self._watch.tick, 0, 0
+        self._came = True
         super().on_headers_complete()
 
     def scope_of_request(self) -> AsgiScope:
@@ -315,7 +320,7 @@ class Connection(FastProtocol):
     def on_body(self, body: bytes) -> None:
         if self._stage == BODY:
             self._body += len(body)
-            self._quiet = 0
+            self._came = True
             super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -14,7 +14,7 @@ from tests.unit.server.raw import Connection, request
 
 from millpond import testing
 from millpond.server.config import ServerConfig
-from millpond.server.connections import BUSY, LINGERING, MOST_PIPELINED, Watch
+from millpond.server.connections import BODY, BUSY, LINGERING, MOST_PIPELINED, Watch
 from millpond.server.context import Call, Context
 from millpond.server.run import Server
 
@@ -266,6 +266,18 @@ async def test_what_nobody_reads_behind_a_body_is_bounded(kind: str) -> None:
                 await asyncio.sleep(0)
         assert await refused(connection) in {(431, "header_too_large"), (400, "bad_request")}
         await made.gone.wait()
+
+
+async def test_a_body_may_come_in_pieces_of_any_size() -> None:
+    """TLS decrypts what came while nothing was read in one piece."""
+    async with rig() as made, Connection(made.url) as connection:
+        connection.write(b"POST /echo HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n")
+        await made.until(lambda: any(one._stage == BODY for one in made.watch.connections))
+        [there] = made.watch.connections
+        for _ in range(4):
+            there.data_received(bytes(1_000_000))
+        assert (await connection.answer()).body == b"4000000"
+        assert not made.watch.refused
 
 
 async def test_an_answer_before_the_end_of_a_body_ends_the_connection_and_arrives() -> None:
