@@ -383,8 +383,8 @@ class Consuming(Producing):
         return StateResult(StateDocument(STATE_FORMAT, found.value, created, updated), found.etag or "")
 
     async def save_state(self, delivery: Delivery, value: Any, *, etag: str | None = WHATEVER) -> str:
-        """As `QueueService.save_state`. With an ``etag``, a try without a reply that was carried out makes the next one
-        a StateConflict: load it and look."""
+        """As `QueueService.save_state`. A try without a reply that was carried out is known by its number, unless
+        somebody else with this lease has written since."""
         request = native.StateSaveRequest(
             namespace=delivery.namespace,
             queue=delivery.queue,

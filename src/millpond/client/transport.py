@@ -103,10 +103,12 @@ class Attempt:
 class _Trouble(Exception):
     """A try that came to nothing."""
 
-    def __init__(self, text: str, *, sent: bool) -> None:
+    def __init__(self, text: str, *, sent: bool, ours: bool = False) -> None:
         super().__init__(text)
         self.sent = sent
         """The server may have seen it."""
+        self.ours = ours
+        """It says nothing of the server, which was not asked."""
 
 
 class Endpoint:
@@ -202,8 +204,13 @@ class Transport:
                 return await self._ask(endpoint, path, body, link, min(a_try, left))
             # At most so many at once; more only queue up in the server. Waits are not counted, so that answers never
             # stand behind them.
-            async with self._places:
+            began = self.io_clock.monotonic()
+            await self._place(left)
+            try:
+                left = max(0.001, left - (self.io_clock.monotonic() - began))
                 return await self._ask(endpoint, path, body, link, min(a_try, left))
+            finally:
+                self._places.release()
 
         return await self._persist(once, attempt or Attempt(), wait=wait, repeat=repeat, changes=changes, within=within)
 
@@ -347,6 +354,7 @@ class Transport:
         timeout = self._address.timeout if within is None else min(within, self._address.timeout)
         end = now + timeout + wait
         tries = 0
+        waited = ""
         while True:
             endpoint = self._choose(now)
             attempt.link = link = Link()
@@ -358,7 +366,10 @@ class Transport:
             except _Trouble as trouble:
                 self.failures += 1
                 attempt.unsure |= trouble.sent
-                endpoint.failed(clock.monotonic(), str(trouble))
+                if trouble.ours:
+                    waited = str(trouble)
+                else:
+                    endpoint.failed(clock.monotonic(), str(trouble))
                 if trouble.sent and not repeat:
                     raise OutcomeUnknown(
                         f"{endpoint.url} was asked, and no answer came ({trouble}): it may have been done; look, and "
@@ -393,12 +404,32 @@ class Transport:
             tries += 1
             if now + pause >= end:
                 unsure = attempt.unsure and changes
-                raise self._exhausted(timeout, unsure) if refusal is None else self._refused(refusal, endpoint, unsure)
+                if refusal is not None:
+                    raise self._refused(refusal, endpoint, unsure)
+                raise self._exhausted(timeout, unsure, waited)
             if pause:
                 await self._sleep(pause)
                 now = clock.monotonic()
             self._check_wanted(attempt)
             self.repeats += 1
+
+    async def _place(self, within: float) -> None:
+        """One of the places for calls, to be released. Raises _Trouble when none becomes free in time: a server that
+        hangs holds each for as long as a try may take, and a call's time-out is also for those who wait behind."""
+        if not self._places.locked():
+            await self._places.acquire()
+            return
+        try:
+            async with asyncio.timeout(None) as limit:
+                # By our own clock, not the loop's.
+                timer = self.io_clock.call_later(within, lambda: limit.reschedule(0.0))
+                try:
+                    await self._places.acquire()
+                finally:
+                    timer.cancel()
+        except TimeoutError:
+            text = f"{CONNECTIONS} other calls were under way all the time"
+            raise _Trouble(text, sent=False, ours=True) from None
 
     async def _counted(self, call: Awaitable[Answer]) -> Answer:
         self.under_way += 1
@@ -429,9 +460,10 @@ class Transport:
         least = pause / 2 if later is None else later
         return least + pause / 2 * self._ids.below(1001) / 1000
 
-    def _exhausted(self, timeout: float, unsure: bool) -> StoreError:
+    def _exhausted(self, timeout: float, unsure: bool, waited: str) -> StoreError:
         seconds = f"{timeout:g} s"
-        said = "; ".join(f"{each.url}: {each.trouble}" for each in self.endpoints if each.trouble)
+        troubles = [f"{each.url}: {each.trouble}" for each in self.endpoints if each.trouble]
+        said = "; ".join([*troubles, waited] if waited else troubles)
         if any(each.trouble in _WITHOUT_A_WORD for each in self.endpoints):
             # What a server does that wants TLS, or a certificate, is all that can be seen of it.
             said += f"; {NO_CERTIFICATE if self._address.secure else NO_TLS}" if self._address.cert is None else ""

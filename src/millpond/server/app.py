@@ -230,14 +230,3 @@ def _log_trouble(call: Call, error: StoreError) -> None:
             "reason": f"{type(error).__name__}: {error}",
         },
     )
-
-
-def merged(*tables: Mapping[str, Handler]) -> dict[str, Handler]:
-    """Tables of routes as one. Raises ValueError where two have the same path."""
-    result: dict[str, Handler] = {}
-    for table in tables:
-        for path, handler in table.items():
-            if path in result:
-                raise ValueError(f"{path} has two handlers")
-            result[path] = handler
-    return result

@@ -60,6 +60,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_connections: int = 4096
     max_connections_per_address: int = 0
     """None by default: behind a proxy everybody has one address."""
+    max_unsent_bytes: int = 256 * MIB
+    """Of answers that clients have not read yet, in memory, of all connections together. One answer may have 64 MiB."""
     backlog: int = 2048
     """Connections that wait to be accepted."""
     max_consumers: int = 4096

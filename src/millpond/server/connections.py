@@ -40,7 +40,7 @@ LEAST_RATE = 128
 which somebody only wants to hold the connection."""
 LEAST_TICK = 0.02
 MOST_AT_ONCE = 256 * 1024
-"""Bytes that an event loop reads at once."""
+"""Bytes that an event loop reads at once, without TLS."""
 
 MOST_AHEAD = 65_536
 """Bytes that are read while a request waits for the answer to another. More would take memory; but as long as reading
@@ -73,6 +73,11 @@ class Watch:
         self.addresses: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
         """Connections that were refused or ended, by reason; for metrics."""
+        self.unsent: dict[Connection, int] = {}
+        """Connections whose clients do not read as fast as they are written to, the longest-standing first, and the
+        bytes that lie here for them."""
+        self._unsent = 0
+        """Sum of those."""
         self.revoked = {serial_number(text) for text in config.tls_revoked}
         self._timer: TimerHandle | None = None
 
@@ -90,7 +95,34 @@ class Watch:
         self.tick += 1
         for connection in list(self.connections):
             connection.check(self.tick)
+        self._shed()
         self.start()
+
+    def stalled(self, connection: Connection, size: int) -> None:
+        """A client reads more slowly than it is written to: so many bytes lie here for it, and no more until it has
+        read them."""
+        self.read_again(connection)
+        self.unsent[connection] = size
+        self._unsent += size
+        self._shed()
+
+    def read_again(self, connection: Connection) -> None:
+        """It has read them, or is gone."""
+        self._unsent -= self.unsent.pop(connection, 0)
+
+    def _shed(self) -> None:
+        """Cut off those who have read slowly for longest while too much lies here. Each answer is bounded, but a client
+        may have many connections, and let all of them lie for as long as `write_timeout`."""
+        most = self.config.max_unsent_bytes
+        if self._unsent <= most:
+            return
+        self.unsent = {connection: connection.unsent for connection in self.unsent}
+        self._unsent = sum(self.unsent.values())
+        for connection in list(self.unsent):
+            if self._unsent <= most:
+                return
+            if connection.cut_off_if_slow(self.tick):
+                self.read_again(connection)
 
     def withdraw(self, gone: Callable[[Mapping[str, Any]], bool]) -> None:
         """The certificates for which ``gone`` is true let nobody in any more."""
@@ -146,6 +178,8 @@ class Connection(FastProtocol):
         """Bytes that came while a request waited for the answer to another."""
         self._quiet = 0
         """Bytes that came since a part of the body did: trailers, extensions of chunks, which nobody reads."""
+        self._came = False
+        """A head or a part of a body was in the bytes that came last."""
         self._stalled: int | None = None
         """Since when the client reads nothing."""
         self._peer: Identity | None = None
@@ -190,6 +224,7 @@ class Connection(FastProtocol):
             watch.addresses[self._address] -= 1
             if watch.addresses[self._address] <= 0:
                 del watch.addresses[self._address]
+        watch.read_again(self)
         super().connection_lost(exc)
 
     # What comes
@@ -215,6 +250,7 @@ class Connection(FastProtocol):
                 self.flow.pause_reading()
         self._chunk = size
         self._fed += size
+        self._came = False
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -228,7 +264,8 @@ class Connection(FastProtocol):
                 if self._fed > self._max_head + self._first:
                     self._head_too_large()
             elif self._stage == BODY:
-                self._quiet += size
+                # Not by how much came: what TLS decrypts after a pause can be a megabyte of body in one piece.
+                self._quiet = 0 if self._came else self._quiet + size
                 if self._quiet > self._max_head + MOST_AT_ONCE:
                     self._head_too_large()
 
@@ -261,6 +298,7 @@ class Connection(FastProtocol):
             self._head_too_large()
             return
         self._stage, self._since, self._body, self._quiet = BODY, self._watch.tick, 0, 0
+        self._came = True
         super().on_headers_complete()
 
     def scope_of_request(self) -> AsgiScope:
@@ -282,7 +320,7 @@ class Connection(FastProtocol):
     def on_body(self, body: bytes) -> None:
         if self._stage == BODY:
             self._body += len(body)
-            self._quiet = 0
+            self._came = True
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -314,9 +352,11 @@ class Connection(FastProtocol):
     def pause_writing(self) -> None:
         self._stalled = self._watch.tick
         super().pause_writing()
+        self._watch.stalled(self, self.unsent)
 
     def resume_writing(self) -> None:
         self._stalled = None
+        self._watch.read_again(self)
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -348,6 +388,20 @@ class Connection(FastProtocol):
             self.transport.write_eof()
 
     # The sweep
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of answers that the client has not taken yet."""
+        size: int = self.transport.get_write_buffer_size()
+        return size
+
+    def cut_off_if_slow(self, tick: int) -> bool:
+        """End the connection, and say so, unless what lies here may only just have been written."""
+        if self._stalled is None or self._stalled >= tick - 1:
+            return False
+        self._stalled = None
+        self._end("too_much_unsent")
+        return True
 
     def check(self, tick: int) -> None:
         """End the connection if its stage has lasted too long."""

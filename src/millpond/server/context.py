@@ -192,6 +192,11 @@ class Call:
         return self._query
 
     @property
+    def has_correlation(self) -> bool:
+        """Somebody has wanted to know its correlation id."""
+        return self._correlation is not None
+
+    @property
     def correlation_id(self) -> str:
         """The request's own correlation id, or one made for it."""
         if self._correlation is None:

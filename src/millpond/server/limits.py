@@ -20,15 +20,3 @@ class Gate(Protocol):
 
     async def admit(self, kind: Kind) -> None:
         """Return when a request may go on, perhaps a little later. Raises Throttled, or a Refusal with Retry-After."""
-
-
-class OpenGate:
-    """Lets everybody in at once."""
-
-    state = "disengaged"
-
-    def lets_in(self, kind: Kind) -> bool:
-        return True
-
-    async def admit(self, kind: Kind) -> None:
-        return None

@@ -21,7 +21,7 @@ OPENMETRICS = "application/openmetrics-text"
 EVENTS = "text/event-stream"
 MULTIPART = "multipart/related"
 
-KEY = "^q/[a-z0-9._-]{1,83}/state/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+KEY = "^q/[a-z0-9._-]{1,128}/state/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 """The key of a message's workflow state; under others lockd has locks."""
 
 FAULTS = {

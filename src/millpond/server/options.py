@@ -98,6 +98,12 @@ SETTINGS: tuple[Setting, ...] = (
         "number",
         "Most connections of one client address; 0: no such limit.",
     ),
+    Setting(
+        "max_unsent_bytes",
+        "limit.unsent",
+        "bytes",
+        "Most bytes of answers that clients have yet to read, all together; beyond it the slowest are cut off.",
+    ),
     Setting("backlog", "limit.backlog", "number", "Most connections that wait to be accepted."),
     Setting("max_consumers", "limit.consumers", "number", "Most consumers that wait; more are told queue_busy."),
     Setting(
@@ -147,6 +153,5 @@ SETTINGS: tuple[Setting, ...] = (
         ("auto", "on", "off"),
     ),
 )
-BY_FIELD = {setting.field: setting for setting in SETTINGS}
 BY_PLACE = {setting.place: setting for setting in SETTINGS}
 BY_OPTION = {setting.option: setting for setting in SETTINGS}

@@ -57,6 +57,25 @@ class Member(msgspec.Struct, frozen=True, gc=False):
     began: float
 
 
+class Group:
+    """Requests that are done together, as far as the log is concerned: what it says of all of them carries all their
+    ids, which each is given before its time if somebody wants to know."""
+
+    __slots__ = ("_members",)
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
+
+    def forget(self) -> None:
+        """All are answered. What was begun meanwhile and goes on is none of theirs, and must not keep their bodies."""
+        self._members = ()
+
+    @property
+    def correlation_id(self) -> str:
+        """Those of the requests, with spaces between them."""
+        return " ".join(member.call.correlation_id for member in self._members)
+
+
 class Joining(NamedTuple):
     """A kind of request that may join others."""
 
@@ -223,6 +242,8 @@ class Together:
 
     async def _work(self, key: tuple[str, Place, Any], joining: Joining, members: list[Member]) -> None:
         answered = 0
+        group = Group(members)
+        logs.current.set(group)
         try:
             # Who comes by network comes turn by turn; the last of those that came at once is the one to wait for.
             # Where there is no end to them, of whatever kind, it is not waited for.
@@ -238,12 +259,14 @@ class Together:
                 answers = [error] * len(members)
             # Made together they cost a third; no head that is known names one.
             for member, id in zip(members, self.context.pond.ids.message_ids(len(members)), strict=True):
-                member.call.correlation_id = id
+                if not member.call.has_correlation:
+                    member.call.correlation_id = id
             now = self.context.pond.clock.monotonic()
             for member, answer in zip(members, answers, strict=True):
                 self._answer(member, answer, now)
                 answered += 1
         finally:
+            group.forget()
             self._close(key, members)
             for member in members[answered:]:
                 member.call.over()
@@ -291,6 +314,7 @@ class Together:
             call.begin(self._answer_later(call, data, kind, member.began))
 
     async def _answer_later(self, call: Exchange, data: bytes, kind: Any, began: float) -> None:
+        logs.current.set(call)
         try:
             await call.answer(data, 200, kind)
         finally:

@@ -54,6 +54,9 @@ class _Numbered(StateDocument, frozen=True):
     writer: str = ""
     """Nothing where it is from no such write."""
     number: int = 0
+    gone: bool = False
+    """The state was deleted by that write. This stands in its place, so that no earlier write which comes late brings
+    the state back; the ack removes it, as it would remove the state."""
 
 
 class StateResult(msgspec.Struct, frozen=True):
@@ -63,6 +66,8 @@ class StateResult(msgspec.Struct, frozen=True):
     etag: str
     write: Write | None = None
     """Which write it is from, if it is from one that has a number."""
+    gone: bool = False
+    """There is no state: a write with a number deleted it. The service tells nobody of such a one."""
 
     def later_than(self, write: Write | None) -> bool:
         """It is from a later write of the same writer, or from this one."""
@@ -78,6 +83,11 @@ class States(Claiming):
     """The workflow-state part of the service."""
 
     async def _state_of(self, record: Record) -> StateResult | None:
+        found = await self._latest(record)
+        return None if found is None or found.gone else found
+
+    async def _latest(self, record: Record) -> StateResult | None:
+        """The state, or what a deletion left in its place."""
         found = await self.store.state(record.item)
         if found is None:
             return None
@@ -91,7 +101,7 @@ class States(Claiming):
         write = Write(document.writer, document.number) if document.writer else None
         created, updated = document.created_at, document.updated_at
         plain = StateDocument(document.format, document.value, created, updated, document.version)
-        return StateResult(plain, found.etag, write)
+        return StateResult(plain, found.etag, write, document.gone)
 
     async def load_state(self, namespace: str | None, queue: str, id: str) -> StateResult | None:
         """The message's state; None when it has none. Raises MessageNotFound."""
@@ -133,20 +143,28 @@ class States(Claiming):
         """Write the state under the delivery's lease; its new ETag.
 
         ``etag``: the version to replace, None for "there is none yet", `WHATEVER` for any. ``write``: if the state is
-        from a later write of the same writer, or from this very one, an unconditional save leaves it: of what came in
-        another order than it was sent, the last one sent stands. Raises LeaseLost, StateConflict (nothing changed),
-        InvalidInput, TooLarge."""
+        from this very one, it stands; if it is from a later one of the same writer, or was deleted by one, an
+        unconditional save leaves it so: of what came in another order than it was sent, the last one sent stands.
+        Raises LeaseLost, StateConflict (nothing changed), InvalidInput, TooLarge."""
         limit = self.config.max_state_bytes
         raw = msgspec.Raw(codec.encode_value(value, "the state")[0])
         for _ in range(ATTEMPTS):
             record = await self._held(delivery)
             now = self.clock.now_ms()
-            existing = await self._state_of(record)
+            existing = latest = await self._latest(record)
             expect = etag
+            if latest is not None and write is not None and latest.write == write and not latest.gone:
+                return latest.etag  # it came twice
             if etag == WHATEVER:
-                if existing is not None and existing.later_than(write):
-                    return existing.etag
-                expect = existing.etag if existing else None
+                if latest is not None and latest.later_than(write):
+                    return latest.etag
+                expect = latest.etag if latest else None
+            if latest is not None and latest.gone:
+                existing = None
+                if etag is None:
+                    if latest.later_than(write):
+                        raise StateConflict(f"the state of message {delivery.id} was deleted after this save was sent")
+                    expect = latest.etag
             created = existing.document.created_at if existing else now
             version = existing.document.version + 1 if existing else 1
             document = StateDocument(STATE_FORMAT, raw, created, now, version)
@@ -163,22 +181,30 @@ class States(Claiming):
         raise StoreError(f"the state of message {delivery.id} keeps changing; try again")
 
     async def delete_state(self, delivery: Delivery, *, etag: str = WHATEVER, write: Write | None = None) -> None:
-        """Delete the state under the delivery's lease; fine when there is none. ``write``: as for a save. Raises
-        LeaseLost, StateConflict."""
+        """Delete the state under the delivery's lease; fine when there is none. ``write``: as for a save; a note of it
+        stays until the ack, so that no earlier save brings the state back. Raises LeaseLost, StateConflict."""
         for _ in range(ATTEMPTS):
             record = await self._held(delivery)
-            existing = await self._state_of(record)
-            if existing is None:
-                if etag != WHATEVER:
-                    raise StateConflict(f"message {delivery.id} has no state (any more)")
+            latest = await self._latest(record)
+            if latest is not None and latest.later_than(write) and (latest.gone or etag == WHATEVER):
+                return
+            if etag != WHATEVER and (latest is None or latest.gone):
+                raise StateConflict(f"message {delivery.id} has no state (any more)")
+            op: Op
+            if write is not None:
+                # Even if there is none: an earlier write may be on its way.
+                now = self.clock.now_ms()
+                data = _encoder.encode(_Numbered(STATE_FORMAT, None, now, now, 1, *write, gone=True))
+                before = None if latest is None else latest.etag
+                op = PutState(record.item, record.mark, before if etag == WHATEVER else etag, data)
+            elif latest is None or latest.gone:
                 # No write will tell whether the lease still is the current one.
                 delivery.record = None
                 await self._held(delivery)
                 return
-            if etag == WHATEVER and existing.later_than(write):
-                return
-            expect = existing.etag if etag == WHATEVER else etag
-            if await self._write_state(delivery, DropState(record.item, record.mark, expect), etag) is not None:
+            else:
+                op = DropState(record.item, record.mark, latest.etag if etag == WHATEVER else etag)
+            if await self._write_state(delivery, op, etag) is not None:
                 return
         raise StoreError(f"the state of message {delivery.id} keeps changing; try again")
 

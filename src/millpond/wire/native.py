@@ -557,8 +557,8 @@ class StateSaveRequest(Request, kw_only=True, frozen=True):
     value: Any
     etag: str | UnsetType | None = UNSET
     writer: Annotated[str, Meta(max_length=64)] = ""
-    """Who saves: a name of chance that the client made for itself. With it, and without ``etag``, a save that comes
-    after a later one of the same writer (it was held up on its way, and sent again meanwhile) changes nothing."""
+    """Who saves: a name of chance that the client made for itself. With it, a save that comes a second time, or without
+    ``etag`` after a later one or a deletion of the same writer (it was held up on its way), changes nothing."""
     number: Count = 0
     """Which of the writer's saves and deletions it is."""
 

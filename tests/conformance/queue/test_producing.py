@@ -28,9 +28,10 @@ async def _chunks(*chunks: Any) -> AsyncIterator[Any]:
         yield chunk
 
 
-async def _nothing_written(queue: millpond.Queue) -> None:
+async def _nothing_written(queue: millpond.Queue, *, enqueued: int = 0) -> None:
     counts = await queue.counts()
-    assert counts == (0, 0, 0, 0, 0, 0, None)
+    assert counts[:7] == (0, 0, 0, 0, 0, 0, None)
+    assert counts.enqueued in (enqueued, None)  # where the store does not count
     assert await queue.peek(10) == []
 
 
@@ -495,6 +496,6 @@ async def test_a_payload_is_never_lost_to_a_message_that_goes_meanwhile(world: W
         await queue.enqueue(b"1" * LARGE, message_id=ID)
         with pytest.raises(StoreError, match="write it again"):
             await queue.enqueue(b"2" * LARGE, message_id=ID)
-        await _nothing_written(queue)
+        await _nothing_written(queue, enqueued=1)
         assert await queue.enqueue(b"2" * LARGE, message_id=ID) == (ID, False)
         assert await (await world.one(queue)).read() == b"2" * LARGE

@@ -132,8 +132,8 @@ async def test_several_tasks_may_share_one(world: World) -> None:
 
         async def work() -> None:
             async for message in stream:
-                seen.append(message.payload)
                 await message.ack()
+                seen.append(message.payload)
                 if len(seen) >= 20:
                     return
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import millpond
-from millpond import Config, InvalidInput, LeaseLost, Message, OutcomeUnknown, Pond, Queue
+from millpond import Config, InvalidInput, LeaseLost, Message, OutcomeUnknown, Pond, Queue, StateConflict
 from millpond.client.asking import encode
 from millpond.client.pond import RemotePond
 from millpond.model.clock import ManualClock, SystemClock
@@ -326,7 +326,7 @@ async def test_the_callers_own_repetition_is_told_apart_from_a_second_answer() -
         assert isinstance(remote, millpond.client.service.RemoteService)
         at.proxy.drop("ackBatch")
         task = asyncio.ensure_future(message.ack())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not at.proxy.dropped:
                 await asyncio.sleep(0)
             task.cancel()
@@ -352,6 +352,27 @@ async def test_an_extension_and_a_state_are_only_set_again() -> None:
         # The extension counts for what a lost reply proves, too.
         at.proxy.drop("ackBatch")
         await message.ack()
+
+
+async def test_a_save_of_a_version_is_known_when_it_is_repeated() -> None:
+    async with lab() as at:
+        message = await at.held(visibility=60)
+        service, delivery = at.remote_pond._remote, message._delivery
+        at.proxy.drop("state/save")
+        first = await service.save_state(delivery, 1, etag=None)
+        at.proxy.drop("state/save")
+        second = await service.save_state(delivery, 2, etag=first)
+        assert second != first
+        with pytest.raises(StateConflict):
+            await service.save_state(delivery, 3, etag=first)
+        at.proxy.drop("state/delete")
+        await service.delete_state(delivery, etag=second)
+        assert await message.state.load() is None
+        assert at.proxy.dropped == 3
+        with pytest.raises(StateConflict):
+            await service.delete_state(delivery, etag=second)
+        await service.save_state(delivery, 4, etag=None)
+        assert await message.state.load() == 4
 
 
 async def test_a_policy_is_only_set_again() -> None:
@@ -414,7 +435,7 @@ async def test_an_extension_that_got_no_reply_may_have_made_the_lease_shorter() 
         message = await at.held(visibility=60)
         at.proxy.drop("extendBatch")
         task = asyncio.ensure_future(message.extend(5))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not at.proxy.dropped:
                 await asyncio.sleep(0)
         task.cancel()
@@ -448,7 +469,7 @@ async def _cancelled(at: Lab, answer: str, message: Message) -> None:
     before = at.proxy.dropped
     at.proxy.drop(path)
     task: asyncio.Future[Any] = asyncio.ensure_future(act(message, at.remote))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while at.proxy.dropped == before:
             await asyncio.sleep(0)
     task.cancel()
@@ -500,6 +521,14 @@ async def test_a_save_that_was_held_up_on_its_way_does_not_undo_a_later_one() ->
         for late in (deletion, first):
             await call("/v1/state/delete" if late is deletion else "/v1/state/save", late)
         assert await message.state.load() == {"step": 3}
+        await message.state.delete()
+        deletion = requests.pop()
+        for late in (first, second):
+            await call("/v1/state/save", late)
+        assert await message.state.load() is None
+        await message.state.save({"step": 4})
+        await call("/v1/state/delete", deletion)
+        assert await message.state.load() == {"step": 4}
         # The next holder is another writer, and writes what it likes.
         at.clock.advance(61)
         [again] = await at.local.receive()

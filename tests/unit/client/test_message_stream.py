@@ -137,7 +137,7 @@ async def test_a_connection_that_breaks_off_is_made_anew_and_takes_its_messages_
         return answers.pop(0)
 
     async with fake(script) as server, _client(server) as pond:
-        async with pond.queue("orders").stream(credit=10) as stream, asyncio.timeout(20):
+        async with pond.queue("orders").stream(credit=10) as stream, asyncio.timeout(60):
             assert [(await anext(stream)).id for _ in range(2)] == [ID % 1, ID % 2]
             assert (await anext(stream)).id == ID % 3
             assert "1 of 10" in repr(stream), "the server has given back the others"
@@ -156,7 +156,7 @@ async def test_a_server_that_drains_leaves_what_it_sent_and_another_goes_on() ->
         acked.extend(one["message_id"] for one in asked.data["messages"])
         return packed({"results": [{"message_id": one["message_id"]} for one in asked.data["messages"]]})
 
-    async with fake(first) as one, fake(second) as other, _client(one, other) as pond, asyncio.timeout(20):
+    async with fake(first) as one, fake(second) as other, _client(one, other) as pond, asyncio.timeout(60):
         async with pond.queue("orders").stream() as stream:
             got = [await anext(stream), await anext(stream)]
             pond.transport.endpoints[0].failed(pond.clock.monotonic(), "it drains")
@@ -178,7 +178,7 @@ async def test_what_ends_a_stream_is_told_and_it_may_go_on() -> None:
         return answers.pop(0)
 
     async with fake(script) as server, _client(server) as pond, pond.queue("orders").stream() as stream:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             with pytest.raises(Forbidden, match="withdrawn"):
                 await anext(stream)
             assert (await anext(stream)).id == ID % 1
@@ -201,7 +201,7 @@ async def test_a_connection_without_a_sign_of_life_is_given_up() -> None:
 
     async with fake(script) as server, _client(server) as pond, pond.queue("orders").stream() as stream:
         clock = pond.transport.io_clock = ManualClock()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await anext(stream)
             waits = asyncio.ensure_future(anext(stream))
             while not clock.pending_timers:
@@ -228,7 +228,7 @@ async def test_who_is_hung_up_on_again_and_again_does_not_knock_without_a_pause(
 
     async with fake(script) as server, _client(server) as pond, pond.queue("orders").stream() as stream:
         pond.transport.rest = rest  # type: ignore[method-assign]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             waits = asyncio.ensure_future(anext(stream))
             await enough.wait()
             waits.cancel()
@@ -246,7 +246,7 @@ async def test_closing_the_pond_ends_who_waits() -> None:
         await pond.open()
         async with pond.queue("orders").stream() as stream:
             waits = asyncio.ensure_future(anext(stream))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not local.dispatcher.queue_stats("default", "orders").total_consumers:
                     await asyncio.sleep(0.001)
                 await pond.close()
@@ -259,7 +259,7 @@ async def test_a_payload_that_was_read_in_part_spoils_no_connection() -> None:
     async with Pond(MemoryStore(clock=clock), clock=clock) as local, running(local) as url:
         pond = RemotePond(url, clock=clock)
         pond.transport.io_clock = SystemClock()
-        async with pond, asyncio.timeout(20):
+        async with pond, asyncio.timeout(60):
             queue = pond.queue("orders")
             await queue.enqueue(bytes(3_000_000))
             [message] = await queue.receive()

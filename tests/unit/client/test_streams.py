@@ -94,7 +94,7 @@ async def test_a_slow_server_makes_the_source_wait() -> None:
 
     async with RemotePond(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", clock=ManualClock()) as pond:
         task = asyncio.ensure_future(pond.queue("orders").enqueue(source()))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not drawn:
                 await asyncio.sleep(0.001)
         await _still()

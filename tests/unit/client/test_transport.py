@@ -63,7 +63,7 @@ class Bench:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Let what happens over sockets happen."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.001)
 
@@ -308,6 +308,50 @@ async def test_a_server_that_hangs_leaves_time_for_the_next() -> None:
         assert len(second.asked) == 1
         trouble = client.pond.statistics()["transport"]["endpoints"][first.url]["trouble"]
         assert trouble == "no answer in time"
+
+
+async def test_who_waits_behind_calls_that_hang_has_his_own_time_out_all_the_same() -> None:
+    hanging = True
+
+    async def script(asked: Asked) -> Say | Drop:
+        return Drop(close=False) if hanging else COUNTS
+
+    async with bench(script, timeout=30.0) as (client, [server]):
+        client.transport._places = asyncio.Semaphore(4)
+        calls = [asyncio.ensure_future(client.queue.counts()) for _ in range(20)]
+        for seconds in (10.0, 10.0, 10.1):
+            asked = len(server.asked) + 4
+            await client.until(lambda asked=asked: len(server.asked) >= asked)  # type: ignore[misc]
+            assert not any(call.done() for call in calls)
+            client.clock.advance(seconds)
+        outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
+        assert {type(outcome) for outcome in outcomes} == {StoreUnreachable}
+        assert len(server.asked) == 12, "nothing is sent that nobody waits for"
+        waited = [str(outcome) for outcome in outcomes if "other calls were under way" in str(outcome)]
+        assert len(waited) >= 8
+        hanging = False
+        client.clock.advance(60)
+        assert [one.ready for one in await asyncio.gather(*[client.queue.counts() for _ in range(8)])] == [1] * 8
+
+
+async def test_who_finds_no_place_says_nothing_about_the_server() -> None:
+    async with bench(counts, timeout=30.0) as (client, [server]):
+        places = client.transport._places = asyncio.Semaphore(1)
+        await places.acquire()
+        call = asyncio.ensure_future(client.queue.counts())
+        await client.until(lambda: client.transport.under_way == 1)
+        client.clock.advance(30.1)
+        with pytest.raises(StoreUnreachable, match="other calls were under way all the time"):
+            await call
+        assert not server.asked
+        assert client.transport.endpoints[0].failures == 0
+        given_up = asyncio.ensure_future(client.queue.counts())
+        await client.until(lambda: client.transport.under_way == 1)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        places.release()
+        assert (await client.queue.counts()).ready == 1
 
 
 @pytest.mark.parametrize(

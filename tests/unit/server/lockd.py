@@ -139,7 +139,7 @@ def error_of(answer: Answer) -> tuple[int, str]:
     return answer.status, body["error"]
 
 
-async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     """Let the loop run until it holds."""
     async with asyncio.timeout(seconds):
         while not condition():

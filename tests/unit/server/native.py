@@ -99,7 +99,7 @@ class Stream:
 
     async def frame(self) -> dict[str, Any]:
         """The next frame; fails after a while without one."""
-        return await asyncio.wait_for(self._frame(), 20)
+        return await asyncio.wait_for(self._frame(), 60)
 
     async def _frame(self) -> dict[str, Any]:
         while True:
@@ -129,7 +129,7 @@ class Stream:
 
     async def over(self) -> bool:
         """Whether the body ends here."""
-        return not self._data and not await asyncio.wait_for(self._connection.chunk(), 20)
+        return not self._data and not await asyncio.wait_for(self._connection.chunk(), 60)
 
     def close(self) -> None:
         """Go away without a word."""

@@ -9,12 +9,13 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from tests.unit.server.raw import Connection, request
 
 from millpond import testing
 from millpond.server.config import ServerConfig
-from millpond.server.connections import BUSY, LINGERING, MOST_PIPELINED, Watch
+from millpond.server.connections import BODY, BUSY, LINGERING, MOST_PIPELINED, Watch
 from millpond.server.context import Call, Context
 from millpond.server.run import Server
 
@@ -53,7 +54,7 @@ class Rig:
 
     async def until(self, condition: Callable[[], Any]) -> None:
         """Let real sockets catch up."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.001)
 
@@ -80,7 +81,7 @@ async def rig(**settings: Any) -> AsyncIterator[Rig]:
 
 async def closed(connection: Connection) -> bool:
     """Nothing more comes."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with contextlib.suppress(ConnectionError):
             assert await connection.reader.read() == b""
     return True
@@ -268,6 +269,18 @@ async def test_what_nobody_reads_behind_a_body_is_bounded(kind: str) -> None:
         await made.gone.wait()
 
 
+async def test_a_body_may_come_in_pieces_of_any_size() -> None:
+    """TLS decrypts what came while nothing was read in one piece."""
+    async with rig() as made, Connection(made.url) as connection:
+        connection.write(b"POST /echo HTTP/1.1\r\nContent-Length: 4000000\r\n\r\n")
+        await made.until(lambda: any(one._stage == BODY for one in made.watch.connections))
+        [there] = made.watch.connections
+        for _ in range(4):
+            there.data_received(bytes(1_000_000))
+        assert (await connection.answer()).body == b"4000000"
+        assert not made.watch.refused
+
+
 async def test_an_answer_before_the_end_of_a_body_ends_the_connection_and_arrives() -> None:
     async with rig() as made, Connection(made.url) as connection:
         connection.write(b"POST /early HTTP/1.1\r\nContent-Length: 100000000\r\n\r\n" + bytes(1000))
@@ -298,6 +311,35 @@ async def test_a_client_that_reads_slowly_is_not() -> None:
             await connection.reader.readexactly(2**20)
             await made.pass_time(5)
         assert made.watch.refused.total() == 0
+
+
+async def test_of_answers_that_nobody_reads_only_so_much_lies_here() -> None:
+    async with rig(write_timeout=60) as made, contextlib.AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(Connection(made.url)) for _ in range(5)]
+        for number, connection in enumerate(connections, 1):
+            connection.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await connection.send("POST", "/long")
+            await made.until(lambda number=number: len(made.watch.unsent) == number)  # type: ignore[misc]
+        order, watch = list(made.watch.unsent), made.watch
+        # How much of an answer the system takes is its own affair: there is to be room for the last two.
+        most = sum(one.unsent for one in order[-2:])
+        watch.config = msgspec.structs.replace(watch.config, max_unsent_bytes=most)
+        watch._shed()
+        assert len(watch.connections) == 5, "they may be reading"
+        for _ in range(3):
+            await made.pass_time(1)
+        await made.until(lambda: len(watch.connections) < 5)
+        assert watch.connections == set(order[-2:]), "those who read slowly for longest go first"
+        assert watch.refused == {"too_much_unsent": 3}
+        # Who reads is out of it, and gets all of it.
+        watch.config = msgspec.structs.replace(watch.config, max_unsent_bytes=10 * most)
+        for connection in connections[-2:]:
+            connection.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            assert (await connection.head())[0] == 200
+            for _ in range(64):
+                await connection.reader.readexactly(2**20)
+        await made.until(lambda: not watch.unsent)
+        assert watch._unsent == 0
 
 
 # How many
@@ -379,7 +421,7 @@ async def test_a_client_that_goes_is_noticed_behind_a_request_that_waits_for_its
             [one] = made.watch.connections
             await made.until(one.hung_up)
             await made.pass_time(1)
-        await asyncio.wait_for(made.gone.wait(), 20)
+        await asyncio.wait_for(made.gone.wait(), 60)
         await made.until(lambda: not made.watch.connections)
 
 
@@ -395,7 +437,7 @@ async def test_what_lies_unread_hides_nothing() -> None:
         [one] = made.watch.connections
         await made.until(one.hung_up)
         await made.pass_time(1)
-        await asyncio.wait_for(made.gone.wait(), 20)
+        await asyncio.wait_for(made.gone.wait(), 60)
 
 
 @filled

@@ -218,7 +218,7 @@ async def test_a_handler_is_told_that_its_client_went_away() -> None:
         async with Connection(made.url) as connection:
             await connection.send("POST", "/patient", b"x")
             await waiting.wait()
-        await asyncio.wait_for(gone.wait(), 10)
+        await asyncio.wait_for(gone.wait(), 60)
 
 
 async def test_a_body_above_the_limit_of_its_route_is_refused() -> None:

@@ -59,13 +59,13 @@ async def test_producers_pass_while_there_is_room() -> None:
 async def test_at_a_closed_gate_only_producers_wait() -> None:
     world = await World().closed()
     for kind in ("consumer", "answer", "other"):
-        await asyncio.wait_for(world.gate.admit(kind), 5)  # type: ignore[arg-type]
+        await asyncio.wait_for(world.gate.admit(kind), 60)  # type: ignore[arg-type]
     producer = asyncio.create_task(world.gate.admit("producer"))
     await asyncio.sleep(0)
     assert not producer.done()
     world.waiting = 0
     await world.tick()
-    await asyncio.wait_for(producer, 5)
+    await asyncio.wait_for(producer, 60)
     assert world.gate.refused == 0
 
 
@@ -110,7 +110,7 @@ async def test_the_number_that_waits_is_bounded(monkeypatch: pytest.MonkeyPatch)
     waiting = [asyncio.create_task(world.gate.admit("producer")) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(Throttled):
-        await asyncio.wait_for(world.gate.admit("producer"), 5)
+        await asyncio.wait_for(world.gate.admit("producer"), 60)
     world.waiting = 0
     await world.tick()
     await asyncio.gather(*waiting)

@@ -15,10 +15,13 @@ from tests.unit.server.raw import Connection, request
 
 from millpond import Keyring, connect, testing
 from millpond.model.message import Head
+from millpond.server import native_operations as operations
 from millpond.server.config import ServerConfig
-from millpond.server.context import Context
+from millpond.server.context import Call, Context
+from millpond.server.native_operations import SLICE
 from millpond.server.run import running
 from millpond.service.config import Config
+from millpond.stores.base import QueueName
 from millpond.stores.encrypted import EncryptedStore
 from millpond.stores.memory import MemoryStore
 from millpond.stores.objects.memory_bucket import MemoryBucket
@@ -534,3 +537,23 @@ async def test_the_servers_namespace_is_meant_where_none_is_named() -> None:
         async with running(pond, context=context) as url:
             await done(url, "queue/enqueueBatch", {"queue": "q", "messages": [{"payload": ""}]})
             assert (await done(url, "queue/counts", {"namespace": "home", "queue": "q"}))["ready"] == 1
+
+
+async def test_a_long_list_of_queues_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred thousand take most of a second to look at."""
+    async with testing.pond() as pond:
+        names = [QueueName("default", f"q{number}") for number in range(4 * SLICE + 10)]
+
+        async def queues() -> list[QueueName]:
+            return names
+
+        monkeypatch.setattr(pond, "queues", queues)
+        scope = {"path": "/v1/queue/list", "method": "POST", "headers": [], "query_string": b""}
+        call = Call(Context(pond), scope, None, None)  # type: ignore[arg-type]
+        turns = 0
+        task = asyncio.ensure_future(operations.queues(call, native.NamespaceRequest()))
+        while not task.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert len(task.result().queues) == len(names)
+        assert turns >= 4

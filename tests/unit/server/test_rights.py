@@ -90,7 +90,7 @@ async def open_stream(connection: Connection, path: str, headers: dict[str, str]
 
 async def lines(connection: Connection, count: int) -> list[dict[str, Any]]:
     """The next frames of a stream in JSON lines, one a chunk."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         return [json.loads(await connection.chunk()) for _ in range(count)]
 
 
@@ -175,7 +175,7 @@ async def test_a_wait_ends_with_its_token_and_takes_nothing(
         await until(lambda: pond.dispatcher.waiting == 1)
         change(rights)
         await reload(service)
-        answer = await asyncio.wait_for(connection.answer(), 20)
+        answer = await asyncio.wait_for(connection.answer(), 60)
         assert (answer.status, json.loads(answer.body)["error"]) == ({"forbidden": 403}.get(code, 401), code)
         await pond.queue("q").enqueue(b"1")
         await pond.settle()
@@ -202,7 +202,7 @@ async def test_a_message_that_comes_together_with_the_revocation_goes_back(
         await present(service)
         monkeypatch.setattr(pond.service, "claim", late)
         await pond.queue("q").enqueue(b"1")
-        assert (await asyncio.wait_for(connection.answer(), 20)).status == 401
+        assert (await asyncio.wait_for(connection.answer(), 60)).status == 401
         monkeypatch.undo()
         await leased(pond, "q", 0)
         [message] = await pond.queue("q").receive()
@@ -224,7 +224,7 @@ async def test_a_subscription_breaks_off_and_gives_back_what_was_not_answered(
         await connection.head()
         found = b""
         while found.count(b'"message_id"') < 2:
-            found += await asyncio.wait_for(connection.chunk(), 20)
+            found += await asyncio.wait_for(connection.chunk(), 60)
         meta = [json.loads(line) for line in found.splitlines() if line.startswith(b'{"message"')]
         done = {name: meta[0]["message"][name] for name in ("queue", "message_id", "lease_id", "fencing_token")}
         async with Connection(url) as other:
@@ -234,7 +234,7 @@ async def test_a_subscription_breaks_off_and_gives_back_what_was_not_answered(
         change(rights)
         await reload(service)
         with pytest.raises((asyncio.IncompleteReadError, ValueError, ConnectionError)):
-            await asyncio.wait_for(connection.rest(), 20)  # no last chunk: this is not the end that was meant
+            await asyncio.wait_for(connection.rest(), 60)  # no last chunk: this is not the end that was meant
         await leased(pond, "q", 0)
         [message] = await pond.queue("q").receive(5)
         assert (message.payload, message.failures) == (b"2", 0)
@@ -270,7 +270,7 @@ async def test_a_watch_ends_with_an_event_that_says_why(tmp_path: Path, change: 
         await reload(service)
         change(rights)
         await reload(service)
-        event = await asyncio.wait_for(connection.chunk(), 20)
+        event = await asyncio.wait_for(connection.chunk(), 60)
         first, data, *_ = event.split(b"\n")
         assert first == b"event: error"
         assert json.loads(data.removeprefix(b"data: "))["error"] == code
@@ -299,7 +299,7 @@ async def test_a_payload_whose_producer_was_shut_out_meanwhile_is_not_kept(tmp_p
         await reload(service)
         rest = b"payload\r\n--b--\r\n"
         connection.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(rest), rest))
-        assert (await asyncio.wait_for(connection.answer(), 20)).status == 401
+        assert (await asyncio.wait_for(connection.answer(), 60)).status == 401
         assert await pond_of(service).queues() == []
 
 
@@ -342,7 +342,7 @@ async def test_streams_by_certificate_end_when_it_expires(secure: Secure, tmp_pa
         assert kept._peer.expires_at is not None
         pond.manual_clock.jump((kept._peer.expires_at - pond.clock.now_ms()) / 1000)
         service.context.rights_changed()
-        answer = await asyncio.wait_for(connection.answer(), 20)
+        answer = await asyncio.wait_for(connection.answer(), 60)
         assert (answer.status, json.loads(answer.body)["error"]) == (401, "unauthorized")
         # Nor does the connection open anything more.
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):

@@ -188,7 +188,7 @@ async def test_what_was_leased_and_could_not_be_sent_goes_back_at_once() -> None
             await client.context.settle()
             return (await queue.counts()).ready
 
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not await back():
                 await asyncio.sleep(0.001)
         counts = await queue.counts()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
+import logging
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +18,7 @@ from tests.unit.server.raw import Connection
 
 from millpond import testing
 from millpond.errors import StoreFull
-from millpond.server import together
+from millpond.server import logs, together
 from millpond.server.auth import Guard
 from millpond.server.context import Context
 from millpond.server.exchange import Exchange
@@ -216,7 +218,7 @@ async def test_who_gets_no_message_waits_for_one() -> None:
         assert done == {one}, "whoever came first has the message"
         assert decoded(one.result()).body["messages"][0]["payload"] == text(b"first")
         await made.service.enqueue("default", "q", b"second")
-        assert decoded(await asyncio.wait_for(two, 20)).body["messages"][0]["payload"] == text(b"second")
+        assert decoded(await asyncio.wait_for(two, 60)).body["messages"][0]["payload"] == text(b"second")
         assert waiting == {two}
 
 
@@ -277,6 +279,29 @@ async def test_trouble_of_the_store_is_told_to_each() -> None:
         made.server.context.pond.service.enqueue_many = full  # type: ignore[method-assign]
         replies = await made.ask(ENQUEUE, *[enqueue(b"x")] * 3)
         assert [(reply.status, reply.code) for reply in replies] == [(503, "store_full")] * 3
+
+
+async def test_what_is_logged_of_all_of_them_carries_all_their_ids() -> None:
+    async with fleet(3) as made:
+        await made.ask(ENQUEUE, enqueue(b"x"))
+        service: Any = made.server.context.pond.service
+        enqueue_many, kept = service.enqueue_many, []
+
+        async def noisy(*given: Any, **more: Any) -> Any:
+            logging.getLogger("millpond.test").warning("millpond.test.slow")
+            kept.append(logs.current.get())
+            return await enqueue_many(*given, **more)
+
+        service.enqueue_many = noisy
+        stream = io.StringIO()
+        with logs.logging_to(stream, form="json"):
+            replies = await made.ask(ENQUEUE, *[enqueue(b"x")] * 3)
+        [line] = [json.loads(line) for line in stream.getvalue().splitlines()]
+        ids = [reply.headers["x-correlation-id"] for reply in replies]
+        assert len(set(ids)) == 3
+        assert sorted(line["correlation_id"].split()) == sorted(ids)
+        # What goes on in the background does not keep the requests.
+        assert [one.correlation_id for one in kept] == [""]
 
 
 async def test_an_unforeseen_error_is_told_to_each_without_its_text() -> None:
@@ -393,7 +418,7 @@ async def test_a_client_that_reads_slowly_holds_nobody_up(monkeypatch: pytest.Mo
             await asyncio.sleep(0.001)
         assert sum(task.done() for task in tasks) == 2
         slow.flow.resume_writing()  # type: ignore[union-attr]
-        assert len(await asyncio.wait_for(asyncio.gather(*tasks), 20)) == 3
+        assert len(await asyncio.wait_for(asyncio.gather(*tasks), 60)) == 3
         assert done
 
 
@@ -414,7 +439,7 @@ async def test_a_server_that_ends_leaves_no_request_open() -> None:
         for task in list(made.server._state.tasks):
             task.cancel()
         for connection in made.connections:
-            assert await asyncio.wait_for(connection.reader.read(), 20) == b""
+            assert await asyncio.wait_for(connection.reader.read(), 60) == b""
         assert not made.server.app.together._open
 
 
@@ -429,7 +454,7 @@ async def test_nobody_waits_for_the_end_of_a_flow_that_has_none() -> None:
 
         others = asyncio.create_task(flow())
         try:
-            [reply] = await asyncio.wait_for(made.ask(ENQUEUE, enqueue(b"x")), 20)
+            [reply] = await asyncio.wait_for(made.ask(ENQUEUE, enqueue(b"x")), 60)
         finally:
             others.cancel()
             await asyncio.wait({others})
@@ -464,4 +489,4 @@ async def test_an_answer_that_goes_wrong_ends_its_connection_and_those_behind_it
         made.write(ENQUEUE, *[enqueue(b"x")] * 3)
         assert (await made.connections[0].answer()).status == 200
         for connection in made.connections[1:]:
-            assert await asyncio.wait_for(connection.reader.read(), 20) == b""
+            assert await asyncio.wait_for(connection.reader.read(), 60) == b""

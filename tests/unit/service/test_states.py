@@ -11,7 +11,7 @@ import pytest
 
 from millpond import InvalidInput, LeaseLost, MessageNotFound, StateConflict, StoreError, TooLarge
 from millpond.errors import StoreCorrupt, StoreMismatch
-from millpond.service.states import STATE_FORMAT, StateDocument
+from millpond.service.states import STATE_FORMAT, StateDocument, Write
 from millpond.stores.base import Cause, Conflict, PutState
 from millpond.stores.faulty import Gate, hold, nth
 
@@ -214,6 +214,54 @@ async def test_a_save_of_whatever_version_is_decided_anew(bench: Bench) -> None:
         assert document.value == "second"
         await _meanwhile(bench, lambda: twin.state.save("third"), "write", bench.service.delete_state(delivery))
         assert await stored(bench, delivery) is None
+
+
+async def test_what_a_deletion_leaves_is_no_state_and_goes_with_the_ack(bench: Bench) -> None:
+    async with bench.pond:
+        delivery = await held(bench)
+        service = bench.service
+        kept = await service.save_state(delivery, "old", write=Write("me", 1))
+        await service.delete_state(delivery, write=Write("me", 3))
+        assert await stored(bench, delivery) is None
+        assert await service.held_state(delivery) is None
+        # Earlier ones that come late, with a version or without.
+        await service.save_state(delivery, "old", write=Write("me", 2))
+        for etag in (kept, None):
+            with pytest.raises(StateConflict):
+                await service.save_state(delivery, "old", etag=etag, write=Write("me", 2))
+        await service.delete_state(delivery, etag=kept, write=Write("me", 2))
+        assert await stored(bench, delivery) is None
+        # Later ones, and those of others, find that there is none.
+        with pytest.raises(StateConflict):
+            await service.delete_state(delivery, etag=kept)
+        await service.delete_state(delivery)
+        etag = await service.ensure_state_exists(delivery)
+        document = await stored(bench, delivery)
+        assert document is not None
+        assert (document.value, document.version, document.created_at) == (None, 1, bench.clock.now_ms())
+        await service.delete_state(delivery, etag=etag, write=Write("me", 4))
+        await service.save_state(delivery, "new", etag=None, write=Write("me", 5))
+        document = await stored(bench, delivery)
+        assert document is not None
+        assert document.value == "new"
+        await service.delete_state(delivery, write=Write("me", 6))
+        assert delivery.record is not None
+        item = delivery.record.item
+        assert await bench.memory.state(item) is not None
+        await service.ack(delivery)
+        assert await bench.memory.state(item) is None
+
+
+async def test_a_deletion_of_nothing_keeps_an_earlier_save_away_too(bench: Bench) -> None:
+    async with bench.pond:
+        delivery = await held(bench)
+        await bench.service.delete_state(delivery, write=Write("me", 2))
+        await bench.service.save_state(delivery, "old", write=Write("me", 1))
+        assert await stored(bench, delivery) is None
+        await bench.service.save_state(delivery, "another's", write=Write("other", 1))
+        document = await stored(bench, delivery)
+        assert document is not None
+        assert document.value == "another's"
 
 
 async def test_a_lease_that_ends_meanwhile_changes_nothing(bench: Bench) -> None:
