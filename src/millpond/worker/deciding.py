@@ -44,7 +44,7 @@ def decide(
     else:
         # Of an answer that was raised from another exception, that one is what went wrong.
         blamed = error.__cause__ if isinstance(error, (GiveUp, Retry)) and error.__cause__ is not None else error
-        found, cause, text = details(blamed), error, reason(error)
+        found, cause, text = details(blamed), error, reason(blamed)
     if isinstance(error, GiveUp):
         return Outcome("dead", reason=clipped(error.reason, REASON_LIMIT) or "given up", error=found)
     if isinstance(cause, consumer.retry.give_up_on):
