@@ -13,10 +13,13 @@ import asyncio
 import hashlib
 import hmac
 import json
+import math
 import os
 import sys
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import millpond
@@ -55,10 +58,22 @@ def deliver(url: str, event: dict[str, Any]) -> int:
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 429:
-            raise millpond.Retry(after=float(error.headers.get("Retry-After", 60))) from error
+            raise millpond.Retry(after=wait(error.headers.get("Retry-After"))) from error
         if error.code in AGAIN:
             raise
         raise millpond.GiveUp(f"{url} answered {error.code}") from error
+
+
+def wait(said: str | None) -> float:
+    """Seconds that a Retry-After asks for, by a number or a date (RFC 9110): a day at most, a minute if by neither."""
+    try:
+        seconds = float(said or 60)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(str(said)) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # no date; or one without a time zone
+            seconds = 60.0
+    return max(0.0, min(seconds, 86_400.0)) if math.isfinite(seconds) else 60.0
 
 
 async def main(url: str, event: str) -> int:

@@ -194,6 +194,26 @@ async def test_a_web_hook_is_tried_for_as_long_as_the_receiver_may_recover(load:
                 await wrong.result()
 
 
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("90", 90),
+        (None, 60),
+        ("soon", 60),
+        ("nan", 60),
+        ("-5", 0),
+        ("1e9", 86_400),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Wed, 21 Oct 2015 07:28:00", 60),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400),
+    ],
+)
+def test_a_receiver_says_when_by_number_or_by_date(
+    load: Callable[[str], ModuleType], said: str | None, seconds: float
+) -> None:
+    assert load("webhooks").wait(said) == seconds
+
+
 # Thumbnails
 
 

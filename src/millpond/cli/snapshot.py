@@ -69,6 +69,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     queues: tuple[QueueSnapshot, ...]
     left_out: int = 0
     """Queues beyond the limit."""
+    basis: Snapshot | None = None
+    """The snapshot from which the next rates are told, where this one came too soon after it to tell any."""
 
 
 async def take(
@@ -77,8 +79,12 @@ async def take(
     """Count these queues. ``before``: the snapshot to tell changes from."""
     shown = [(at, name) for at, name in names if internal or not name.startswith(INTERNAL)]
     now = pond.clock.now_ms()
-    earlier = {(one.namespace, one.queue): one for one in before.queues} if before is not None else {}
-    passed = 0.0 if before is None else (now - before.at) / 1000
+    basis = before if before is None or before.basis is None else before.basis
+    passed = 0.0 if basis is None else (now - basis.at) / 1000
+    too_soon = basis is not None and passed < SHORTEST
+    # Looks that follow one another quickly are not each other's basis: none of them would ever tell a rate.
+    known = before if too_soon else basis
+    earlier = {(one.namespace, one.queue): one for one in known.queues} if known is not None else {}
     found = []
     for at, name in shown[:QUEUES]:
         queue = pond.queue(name, namespace=at)
@@ -90,7 +96,7 @@ async def take(
             paused = None
         one = QueueSnapshot(namespace=at, queue=name, counts=counts, paused=paused)
         last = earlier.get((at, name))
-        if last is not None and passed < SHORTEST:
+        if last is not None and too_soon:
             one = msgspec.structs.replace(
                 one,
                 change=last.change,
@@ -101,7 +107,9 @@ async def take(
         elif last is not None:
             one = _changed(one, last, passed)
         found.append(one)
-    return Snapshot(at=now, queues=tuple(found), left_out=max(0, len(shown) - QUEUES))
+    return Snapshot(
+        at=now, queues=tuple(found), left_out=max(0, len(shown) - QUEUES), basis=basis if too_soon else None
+    )
 
 
 def _changed(one: QueueSnapshot, last: QueueSnapshot, passed: float) -> QueueSnapshot:

@@ -31,7 +31,9 @@ LIFELINE = "MILLPOND_LIFELINE"
 @option("--processes", "-p", type=click.IntRange(1), default=1, help="Worker processes; those that die are restarted.")
 @option("--grace", type=Duration(), default=30.0, help="What running handlers have to end when it stops.")
 @option("--owner", help="A name for the holder of the leases; default host and process.")
-@option("--app-dir", type=click.Path(file_okay=False), default=".", help="Where MODULE is looked for first.")
+@option(
+    "--app-dir", type=click.Path(exists=True, file_okay=False), default=".", help="Where MODULE is looked for first."
+)
 @option("--reload", is_flag=True, help="For development: start anew when a Python file in --app-dir changes.")
 @option("--probe-file", type=click.Path(dir_okay=False), help="Write there every second what --check reads.")
 @option(
@@ -176,8 +178,7 @@ def _work(pond: Pond, consumers: list[str] | None, grace: float, owner: str | No
 
 
 class _Stops:
-    """The signals so far. To a supervised process, those within a second are one: service managers send theirs to
-    everybody, and then the supervisor passes on its own."""
+    """The signals so far. To a supervised process, those within `ONE_SIGNAL` are one."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -192,8 +193,10 @@ class _Stops:
 
     def signal(self, made: Worker, number: int) -> None:
         """One more."""
+        from millpond.worker.supervisor import ONE_SIGNAL
+
         now = self._clock.monotonic()
-        if self._supervised and self._numbers and now - self._last < 1.0:
+        if self._supervised and self._numbers and now - self._last < ONE_SIGNAL:
             return
         self._last = now
         self._numbers.append(number)
@@ -204,7 +207,7 @@ class _Stops:
 
 def _follow(loop: Any, stop: Any) -> None:
     """Stop when the supervisor is gone: its end of the pipe closes with it."""
-    given = os.environ.get(LIFELINE)
+    given = os.environ.pop(LIFELINE, None)  # ours alone: commands that handlers run have no such descriptor
     if given is None:
         return
     descriptor = int(given)

@@ -6,6 +6,7 @@ OpenTelemetry's conventions for messaging, which are not final; they stand here 
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from millpond.errors import MillpondError
@@ -68,16 +69,18 @@ class Tracing(Middleware):
                 "millpond.attempts": message.attempts,
             },
         )
-        context.values[self] = (span, contexts.attach(trace.set_span_in_context(span)))
+        context.values[self] = (span, contexts.attach(trace.set_span_in_context(span)), asyncio.current_task())
 
     def _end(self, context: Context, error: BaseException | None, outcome: Outcome | None) -> None:
         from opentelemetry import context as contexts
         from opentelemetry.trace import Status, StatusCode
 
-        span, token = context.values.pop(self, (None, None))
+        span, token, task = context.values.pop(self, (None, None, None))
         if span is None:
             return
-        contexts.detach(token)
+        # A handler that does not end is answered for by another task, which this one's context is no part of.
+        if task is asyncio.current_task():
+            contexts.detach(token)
         if outcome is not None:
             span.set_attribute("millpond.outcome", outcome.kind)
             if outcome.kind != "defer":

@@ -12,6 +12,7 @@ from millpond.errors import InvalidInput, StoreCorrupt, StoreMismatch, TooLarge
 from millpond.model.codec import encode_value
 from millpond.model.message import DEFAULT_PRIORITY, PRIORITIES
 from millpond.model.names import message_id
+from millpond.model.text import clipped_to_bytes, text_of
 
 MAX_SECONDS = 100 * 366 * 86_400.0
 """A century: longer durations are mistakes (milliseconds given as seconds), and sums stay far inside 64 bits."""
@@ -336,12 +337,8 @@ def _attributes(attributes: Any, limit: int | None) -> dict[str, Any] | None:
 def exception_text(error: BaseException, limit: int | None = None) -> str:
     """An exception by type and text, cut to what may be kept. Who nacks with what was raised to him cannot know what is
     in it; it must not keep the failure from being counted."""
-    try:
-        text = str(error)
-    except Exception as broken:  # the user's own __str__, which may raise anything
-        text = f"(its text cannot be had: {type(broken).__name__})"
     most = EXCEPTION_BYTES if limit is None else max(0, min(EXCEPTION_BYTES, limit - 5))  # 5: MessagePack's own
-    return f"{type(error).__name__}: {text}".encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
+    return clipped_to_bytes(f"{type(error).__name__}: {text_of(error)}", most)
 
 
 def error_value(error: Any, limit: int | None = None) -> Any:

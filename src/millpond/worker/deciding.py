@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from millpond.model.ids import IdSource
+from millpond.model.text import clipped
 from millpond.worker.binding import Unfit
-from millpond.worker.failures import MESSAGE_LIMIT, REASON_LIMIT, clean, details, reason
+from millpond.worker.failures import MESSAGE_LIMIT, REASON_LIMIT, details, reason
 from millpond.worker.jobs import Why
 from millpond.worker.outcomes import Defer, GiveUp, Outcome, Retry
 from millpond.worker.processes import RaisedInProcess
@@ -32,20 +33,20 @@ def decide(
     assert error is not None
     if unfit:
         assert isinstance(error, Unfit)
-        text = clean(f"the payload does not fit: {' '.join(str(error).split())}", REASON_LIMIT)
-        kept = {"type": "Unfit", "message": clean(str(error), MESSAGE_LIMIT), "traceback": ""}
+        text = clipped(f"the payload does not fit: {' '.join(str(error).split())}", REASON_LIMIT)
+        kept = {"type": "Unfit", "message": clipped(str(error), MESSAGE_LIMIT), "traceback": ""}
         return Outcome("dead", reason=text, error=kept)
     if isinstance(error, Defer):
         return Outcome("defer", min(error.delay, LONGEST_DELAY), error.reason)
     if isinstance(error, RaisedInProcess):
         found, cause = error.details, error.original
-        text = clean(" ".join(f"{found['type']}: {found['message']}".split()), REASON_LIMIT)
+        text = clipped(" ".join(f"{found['type']}: {found['message']}".split()), REASON_LIMIT)
     else:
         # Of an answer that was raised from another exception, that one is what went wrong.
         blamed = error.__cause__ if isinstance(error, (GiveUp, Retry)) and error.__cause__ is not None else error
-        found, cause, text = details(blamed), error, reason(error)
+        found, cause, text = details(blamed), error, reason(blamed)
     if isinstance(error, GiveUp):
-        return Outcome("dead", reason=clean(error.reason, REASON_LIMIT) or "given up", error=found)
+        return Outcome("dead", reason=clipped(error.reason, REASON_LIMIT) or "given up", error=found)
     if isinstance(cause, consumer.retry.give_up_on):
         return Outcome("dead", reason=text, error=found)
     if isinstance(error, Retry) and error.after is not None:

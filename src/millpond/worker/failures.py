@@ -6,6 +6,8 @@ import os
 import traceback
 from typing import Any
 
+from millpond.model.text import clipped, text_of
+
 MESSAGE_LIMIT = 2_000
 """Characters of the exception's text."""
 TRACEBACK_LIMIT = 6_000
@@ -24,24 +26,15 @@ def kind(error: BaseException) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def clean(text: str, limit: int) -> str:
-    """Text that can be stored, cut to a length."""
-    return text[:limit].encode("utf-8", "replace").decode()
-
-
 def message(error: BaseException) -> str:
     """The exception's text."""
-    try:
-        text = str(error)
-    except Exception as broken:  # the user's own __str__, which may raise anything
-        text = f"(its text cannot be had: {type(broken).__name__})"
-    return clean(text, MESSAGE_LIMIT)
+    return clipped(text_of(error), MESSAGE_LIMIT)
 
 
 def reason(error: BaseException) -> str:
     """The exception in one line."""
     text = message(error)
-    return clean(" ".join(f"{kind(error)}: {text}".split()) if text else kind(error), REASON_LIMIT)
+    return clipped(" ".join(f"{kind(error)}: {text}".split()) if text else kind(error), REASON_LIMIT)
 
 
 def details(error: BaseException, *, trace: bool = True) -> dict[str, Any]:
@@ -66,4 +59,4 @@ def _traceback(error: BaseException) -> str:
     text = text.rstrip()
     if len(text) > TRACEBACK_LIMIT:
         text = "…" + text[-TRACEBACK_LIMIT:]
-    return clean(text, len(text))
+    return clipped(text, len(text))

@@ -68,9 +68,10 @@ class Middleware:
         """The handler returned ``result``; the message is not acked yet. In the opposite order."""
 
     async def error(self, context: Context, error: BaseException | None, outcome: Outcome) -> None:
-        """The handler did not return normally, or the payload does not fit; this will be the answer. ``error`` is None
-        where nothing was raised (a handler that returned although its lease was lost). In the opposite order. Also
-        called for those whose `before` was not, because the payload did not fit or another's `before` failed."""
+        """The handler did not return normally, or the payload does not fit; this will be the answer (``answered``: the
+        handler has given one by itself, and raised then). ``error`` is None where nothing was raised (a handler that
+        returned although its lease was lost). In the opposite order. Also called for those whose `before` was not,
+        because the payload did not fit or another's `before` failed."""
 
     async def settled(self, context: Context, kind: str) -> None:
         """The message has been answered for (``kind`` as in `Outcome`), or was lost; it is not to be had any more."""

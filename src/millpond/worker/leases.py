@@ -26,9 +26,10 @@ from typing import Any, Protocol
 
 from millpond.errors import LeaseLost, MillpondError
 from millpond.model.clock import Clock
+from millpond.model.text import clipped
 from millpond.pond import Pond
 from millpond.queue import Queue
-from millpond.worker.failures import REASON_LIMIT, clean
+from millpond.worker.failures import REASON_LIMIT
 from millpond.worker.renewing import Renewable, Renewer
 
 log = logging.getLogger("millpond.worker")
@@ -126,7 +127,7 @@ class _Round:
 
     def _failed(self, one: Renewable, lost: Lost, now: float, error: MillpondError) -> None:
         one.renew_at = now + one.span / RETRIES
-        reason = clean(str(error), REASON_LIMIT)
+        reason = clipped(str(error), REASON_LIMIT)
         one.not_renewed(reason)
         if now >= one.ends and not one.ending:
             self._tell(lost, one, f"the lease ran out while it could not be renewed: {reason}")

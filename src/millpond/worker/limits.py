@@ -400,6 +400,8 @@ class Limiter(Middleware):
         self._source = source
         self._renewer: Renewer | None = None
         self._turns = Turns(source, name, namespace)
+        self.asked: float | None = None
+        """When the store was last asked for permits successfully, by the monotonic clock."""
         self._turn = asyncio.Lock()
         """Who has it asks for permits. In order of coming: asyncio's locks are fair."""
 
@@ -417,6 +419,7 @@ class Limiter(Middleware):
         try:
             for pool in self._pools:
                 column = await pool.acquire(wanted, wait)
+                self.asked = self._source.clock.monotonic()
                 columns.append(column)
                 if not column:
                     break
@@ -446,7 +449,9 @@ class Limiter(Middleware):
             troubles = 0
             while not rows:
                 try:
-                    rows = await self._ask(wanted, queue, since)
+                    # After an outage without waiting, so that the probe sees soon that it is over.
+                    rows = await self._ask(wanted, queue, since, wait=not troubles)
+                    troubles = 0
                 except FATAL:
                     raise
                 except MillpondError as error:
@@ -458,7 +463,7 @@ class Limiter(Middleware):
         self._waiting += rows
         return len(rows)
 
-    async def _ask(self, wanted: int, queue: str, since: int) -> list[list[Permit]]:
+    async def _ask(self, wanted: int, queue: str, since: int, *, wait: bool) -> list[list[Permit]]:
         """Once: for what is spare, or the store has. Makes way for other queues that have waited for longer."""
         turns = self._turns
         older = await turns.older(queue, since)
@@ -470,7 +475,8 @@ class Limiter(Middleware):
             del self._spare[:wanted]
             return rows
         # With others about, not for long: they are to be told, and may have been waiting for longer.
-        rows = await self.acquire(wanted, 0.0 if older else turns.announce if turns.shared else PATIENCE)
+        patience = turns.announce if turns.shared else PATIENCE
+        rows = await self.acquire(wanted, patience if wait and not older else 0.0)
         if not rows:
             await turns.waiting(queue, since)
         return rows
@@ -572,6 +578,7 @@ class Limiter(Middleware):
         for pool in self._pools:
             await pool.close()
         self._renewer = None
+        self.asked = None
         self._turns.forget()
         self._turn = asyncio.Lock()  # The next worker may have another event loop.
 
@@ -582,6 +589,11 @@ class Seat:
     def __init__(self, limiter: Limiter, queue: str) -> None:
         self._limiter = limiter
         self._queue = queue
+
+    @property
+    def asked(self) -> float | None:
+        """As `SharedGate`."""
+        return self._limiter.asked
 
     async def admit(self, wanted: int) -> int:
         """As `Gate`."""

@@ -26,18 +26,19 @@ from millpond.errors import (
     TooLarge,
 )
 from millpond.message import Message
+from millpond.model.text import clipped
 from millpond.pond import Pond
 from millpond.queue import Queue
 from millpond.worker.binding import Bound, Unfit
 from millpond.worker.deciding import decide
-from millpond.worker.failures import REASON_LIMIT, clean, reason
+from millpond.worker.failures import REASON_LIMIT, reason
 from millpond.worker.filling import fillers
 from millpond.worker.hooks import Context, Gate, Middleware
 from millpond.worker.jobs import Job, pause
 from millpond.worker.leases import SHARE, Renewals
 from millpond.worker.outcomes import KINDS, Kind, Outcome
 from millpond.worker.processes import Processes
-from millpond.worker.renewing import Shared
+from millpond.worker.renewing import Shared, SharedGate
 from millpond.worker.threads import Call, Threads
 
 log = logging.getLogger("millpond.worker")
@@ -90,8 +91,9 @@ class Line:
         self._error = overridden(middleware[::-1], "error")
         self._settled = overridden(middleware[::-1], "settled")
         gate: Any = consumer.gate
+        self._shared: SharedGate | None = None
         if isinstance(gate, Shared):
-            gate = gate.seat(f"{self._queue.namespace}/{self._queue.name}", renewals)
+            gate = self._shared = gate.seat(f"{self._queue.namespace}/{self._queue.name}", renewals)
         self._gate: Gate | None = gate
         self._threads = None if bound.run_in == "loop" else Threads(consumer.concurrency, consumer.name)
         self._processes = Processes(consumer) if bound.run_in == "process" else None
@@ -113,7 +115,7 @@ class Line:
         self._closed = False
         self.stopping = False
         self.polled: float | None = None
-        """When messages were last asked for successfully (or the gate held them back), by the monotonic clock."""
+        """When messages were last asked for successfully, or none could have been started, by the monotonic clock."""
         self.at_gate = False
         self.counts: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         renewals.watch(lambda: self.held, self.lost)
@@ -122,6 +124,19 @@ class Line:
     def busy(self) -> bool:
         """Every place is taken by a handler."""
         return len(self.running) >= self.consumer.concurrency
+
+    @property
+    def looked(self) -> float | None:
+        """When the store was last asked successfully, by the monotonic clock: for messages, or for the permits without
+        which none may be taken."""
+        if self._shared is not None and self.at_gate and self._shared.asked is not None:
+            return max(self._shared.asked, self.polled or 0.0)
+        return self.polled
+
+    @property
+    def occupied(self) -> bool:
+        """It need not ask: every place is taken, or a gate holds it back that asks no store."""
+        return self.busy or (self.at_gate and self._shared is None)
 
     @property
     def quiet(self) -> bool:
@@ -162,10 +177,13 @@ class Line:
         while not self.stopping:
             wanted = self._room()
             if wanted <= 0:
+                busy = self.busy
                 self.changed.clear()
                 self._idle = True
                 await self.changed.wait()
                 self._idle = False
+                if busy:
+                    self.polled = self._clock.monotonic()
                 continue
             if self._gate is not None:
                 wanted = await self._admitted(wanted)
@@ -204,7 +222,9 @@ class Line:
         assert self._gate is not None
         self.at_gate = self._idle = True
         try:
-            return await self._gate.admit(wanted)
+            admitted = await self._gate.admit(wanted)
+            self.polled = self._clock.monotonic()
+            return admitted
         finally:
             self.at_gate = self._idle = False
 
@@ -238,7 +258,7 @@ class Line:
             extra={
                 "consumer": self.consumer.name,
                 "doing": doing,
-                "reason": clean(f"{error} [{error.code}]", REASON_LIMIT),
+                "reason": clipped(f"{error} [{error.code}]", REASON_LIMIT),
                 "pause": round(seconds, 3),
             },
         )
@@ -496,6 +516,7 @@ class Line:
                 "millpond.worker.failed_after_answer",
                 extra={"consumer": self.consumer.name, "message_id": job.message.id, "reason": reason(error)},
             )
+            await self._tell_error(job, error, Outcome("answered", reason=reason(error)))
         await self._finish(job, "answered")
 
     async def _flush(self) -> None:

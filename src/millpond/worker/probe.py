@@ -2,8 +2,9 @@
 
 A worker writes a small file about itself every second, on its event loop. `check` reads it, from another process, and
 says what is wrong: nothing written for too long (the process is gone, or its loop is blocked), or a consumer that has a
-free place, is not held back by a limit, and has not asked the store successfully for too long. A connection that is
-open and a process that exists prove neither; workers of other queues have been found alive and idle for days.
+free place and has not asked the store successfully for too long, neither for messages nor for the permits of the limit
+that holds it back. A connection that is open and a process that exists prove neither; workers of other queues have been
+found alive and idle for days.
 
 A file rather than a port: there is nothing to secure, nothing to collide when several workers share a host, and a
 blocked loop cannot answer "fine" from another thread.
@@ -34,9 +35,10 @@ class ConsumerReport(msgspec.Struct, frozen=True):
 
     name: str
     polled_at_ms: int
-    """When messages were last asked for successfully; when it began, before that."""
+    """When messages, or the permits of a limit, were last asked for successfully, or need not be; when it began, before
+    that."""
     occupied: bool
-    """Every place is taken by a running handler, or a limit holds it back: it need not ask."""
+    """Every place is taken by a running handler, or a gate that asks no store holds it back: it need not ask."""
     running: int
 
 
@@ -74,12 +76,13 @@ class Probe:
         now, wall = self._clock.monotonic(), self._clock.now_ms()
         consumers = []
         for line in self._worker.lines:
-            since = self._began if line.polled is None else line.polled
+            looked = line.looked
+            since = self._began if looked is None else looked
             consumers.append(
                 ConsumerReport(
                     line.consumer.name,
                     wall - round((now - since) * 1000),
-                    line.busy or line.at_gate,
+                    line.occupied,
                     len(line.running),
                 )
             )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from millpond.worker.hooks import Gate
+
 if TYPE_CHECKING:
     from millpond.message import Message
-    from millpond.worker.hooks import Gate
 
 
 class Renewable(Protocol):
@@ -53,9 +54,17 @@ class Renewer(Protocol):
         """There is something to renew at ``at``, earlier than ``due``."""
 
 
+class SharedGate(Gate, Protocol):
+    """A gate that asks the store."""
+
+    @property
+    def asked(self) -> float | None:
+        """When it last did so successfully, by the monotonic clock; None: not yet."""
+
+
 @runtime_checkable
 class Shared(Protocol):
     """A gate that several consumers go through, of this process or others, and that holds leases."""
 
-    def seat(self, queue: str, renewer: Renewer) -> Gate:
+    def seat(self, queue: str, renewer: Renewer) -> SharedGate:
         """The gate as the consumer of that queue (namespace and name) goes through it in the worker of ``renewer``."""

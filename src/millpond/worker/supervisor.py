@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -32,7 +33,9 @@ TICK = 0.2
 """Seconds between looks: a signal handler must not touch the lock of what would wake the supervisor sooner."""
 LIFELINE = "MILLPOND_LIFELINE"
 """Environment variable that names the descriptor of the pipe from the supervisor; the command line reads it."""
-
+ONE_SIGNAL = 1.0
+"""Seconds within which signals to a supervised process are one: service managers send theirs to everybody, and the
+supervisor passes its own on."""
 
 ENDED = frozenset({0, *(code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number))})
 """Exit codes of a process that did as it was told. By the signal itself: it had not begun, and so had taken nothing."""
@@ -68,6 +71,9 @@ class Supervisor:
     def __post_init__(self) -> None:
         self.places = [Place(number) for number in range(self.count)]
         self.signals: list[int] = []
+        self._hasty: list[int] = []
+        """Signals to be passed on as soon as the processes do not take them for the one before."""
+        self._told_at = -math.inf
         self._wake = threading.Event()
         self._reload = False
         self._code: int | None = None
@@ -81,8 +87,18 @@ class Supervisor:
     def interrupt(self, number: int) -> None:
         """Stop: pass the signal on. From a signal handler."""
         self.signals.append(number)
-        for place in self.places:
-            self._tell(place, number)
+        self._hasty.append(number)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Tell the processes of one more signal, once it counts as one of its own."""
+        now = self.clock.monotonic()
+        # A little more than that: a process counts from when it has seen the one before.
+        if self._hasty and now - self._told_at > 1.5 * ONE_SIGNAL:
+            self._told_at = now
+            number = self._hasty.pop(0)
+            for place in self.places:
+                self._tell(place, number)
 
     def reload(self) -> None:
         """Start all processes anew. From any thread."""
@@ -116,6 +132,7 @@ class Supervisor:
 
     def _step(self) -> bool:
         """One look; whether there is more to do."""
+        self._pass_on()
         now = self.clock.monotonic()
         leaving = bool(self.signals) or self._code is not None
         if self._reload and not leaving:
@@ -123,7 +140,9 @@ class Supervisor:
             log.info("millpond.supervisor.reload", extra={"processes": self.count})
             for place in self.places:
                 place.deaths, place.start_at = 0, now
-                self._tell(place, signal.SIGTERM)
+                # One that is ending already comes back with the new code; a second signal would cut its handlers short.
+                if place.asked is None:
+                    self._tell(place, signal.SIGTERM)
         for place in self.places:
             self._look(place, now, leaving)
         return not leaving or any(place.process is not None for place in self.places)

@@ -43,6 +43,18 @@ async def test_counts_in_every_state(world: World) -> None:
         assert await pond.verify() == []
 
 
+async def test_what_has_come_is_counted_however_it_came_and_whatever_became_of_it(world: World) -> None:
+    """Stores write many plain messages at once by another way than one, and one with options by a third."""
+    async with world.pond() as pond:
+        queue = pond.queue("q")
+        await queue.enqueue_many([b"x"] * 40)
+        await queue.enqueue(b"x", delay=5, priority=7, dedup_key="k")
+        await queue.enqueue(b"x", dedup_key="k")  # it is the one before
+        for message in await queue.receive(10):
+            await message.ack(then=[("q", b"next")])
+        assert (await queue.counts()).enqueued == (None if world.store.startswith("objects") or world.corner else 51)
+
+
 async def test_counts_follow_each_answer(world: World) -> None:
     async with world.pond() as pond:
         queue = pond.queue("orders")

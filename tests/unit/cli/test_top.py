@@ -101,6 +101,23 @@ async def test_what_comes_and_what_goes_is_told_apart_though_the_queue_stays_as_
         assert (line["enqueued_rate"], line["done_rate"]) == (8.0, 8.0)
 
 
+async def test_looks_that_follow_one_another_quickly_tell_a_rate_all_the_same() -> None:
+    """With --interval 300ms, or a key held down, there once was never a rate."""
+    async with testing.pond() as pond:
+        queue = pond.queue("busy")
+        await queue.enqueue(b"x")
+        last = first = await snapshot.take(pond, await names(pond))
+        rates = []
+        for _ in range(6):
+            await queue.enqueue_many([b"x"] * 3)
+            await pond.advance(0.3)
+            last = await snapshot.take(pond, await names(pond), before=last)
+            rates.append(last.queues[0].enqueued_rate)
+            assert last.basis is None or last.basis.basis is None  # they do not pile up
+        assert rates == [None, 10.0, 10.0, 10.0, 10.0, 10.0]
+        assert first.basis is None
+
+
 async def test_where_the_store_counts_nothing_it_is_the_change_that_is_told() -> None:
     clock = testing.ManualClock()
     store = ObjectStore(MemoryBucket(clock=clock), clock=clock, measure_skew=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from millpond.cli.app import app
 from millpond.cli.settings import Settings
-from millpond.cli.worker import _command
+from millpond.cli.worker import LIFELINE, _command, _follow
 from millpond.model.clock import SystemClock
 from millpond.worker.probe import Report, write
 
@@ -67,6 +69,29 @@ def test_a_module_that_cannot_be_imported_shows_why(run: Any, tmp_path: Path) ->
     assert result.exit_code == 1
     assert isinstance(result.exception, ModuleNotFoundError)
     assert "hf_not_there" in str(result.exception)
+
+
+def test_a_folder_that_is_not_there_is_wrong_usage(run: Any, tmp_path: Path) -> None:
+    """With --reload, a supervisor would watch nothing, and start processes in vain for ever."""
+    result = run("--app-dir", str(tmp_path / "no"), "--reload", "hf_module")
+    assert (result.exit_code, "does not exist" in result.stderr) == (2, True)
+
+
+async def test_who_loses_his_supervisor_stops_and_no_command_of_a_handler_inherits_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs, lifeline = os.pipe()
+    try:
+        monkeypatch.setenv(LIFELINE, str(theirs))
+        stopped = asyncio.Event()
+        _follow(asyncio.get_running_loop(), stopped.set)
+        assert LIFELINE not in os.environ
+        assert not stopped.is_set()
+    finally:
+        os.close(lifeline)
+    async with asyncio.timeout(30):
+        await stopped.wait()
+    os.close(theirs)
 
 
 def test_it_needs_a_module_or_a_probe_to_check(run: Any) -> None:

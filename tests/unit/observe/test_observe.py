@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import subprocess
 import sys
@@ -122,6 +124,61 @@ async def test_a_trace_goes_on_over_queues_and_tasks() -> None:
     assert errors[0].attributes["error.type"] == "ValueError"
     assert errors[0].attributes["millpond.outcome"] == "retry"
     assert all(span.kind is trace.SpanKind.CONSUMER for span in spans if span.name.startswith("process"))
+
+
+def tracing() -> tuple[Tracing, InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return Tracing(provider), exporter
+
+
+async def test_who_raises_after_answering_by_himself_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """The span of such a handler once never ended, and its logs had no end either."""
+    caplog.set_level(logging.INFO, "millpond")
+    traces, exporter = tracing()
+    app = millpond.connect("memory://")
+    app.middleware += [traces, Logs()]
+
+    @app.consumer("orders")
+    async def order(message: millpond.Message) -> None:
+        await message.ack()
+        raise ValueError("too late")
+
+    async with testing.in_memory(app) as pond:
+        await pond.queue("orders").enqueue(b"x")
+        assert (await pond.work())["answered"] == 1
+        assert (await pond.queue("orders").counts()).dead == 0
+    [span] = exporter.get_finished_spans()
+    assert span.attributes is not None
+    assert (span.attributes["millpond.outcome"], span.attributes["error.type"]) == ("answered", "ValueError")
+    told = {record.message: record for record in caplog.records}
+    assert told["millpond.handler.failed"].outcome == "answered"  # type: ignore[attr-defined]
+    assert told["millpond.worker.failed_after_answer"].reason == "ValueError: too late"  # type: ignore[attr-defined]
+
+
+async def test_the_span_of_a_handler_that_does_not_end_is_ended_in_peace(caplog: pytest.LogCaptureFixture) -> None:
+    traces, exporter = tracing()
+    app = millpond.connect("memory://")
+    app.middleware.append(traces)
+    go = asyncio.Event()
+
+    @app.consumer("orders", time_limit=5.0)
+    async def order(payload: bytes) -> None:
+        while not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go.wait()
+
+    async with testing.in_memory(app) as pond:
+        await pond.queue("orders").enqueue(b"x", max_attempts=1)
+        async with pond.working():
+            await pond.advance(5)
+            await pond.advance(10)
+            [span] = exporter.get_finished_spans()
+            go.set()
+    assert span.attributes is not None
+    assert span.attributes["millpond.outcome"] == "retry"
+    assert [record.name for record in caplog.records if record.name.startswith("opentelemetry")] == []
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def outcome(error: BaseException | None, *, why: Any = None, failures: int = 0) 
         (KeyError("k"), "dead", 0, "KeyError: 'k'", "KeyError"),
         (made(GiveUp("why"), ValueError("v")), "dead", 0, "why", "ValueError"),
         (GiveUp(""), "dead", 0, "given up", "millpond.worker.outcomes.GiveUp"),
-        (made(Retry(3.0), ValueError("v")), "retry", 3, None, "ValueError"),
+        (made(Retry(3.0), ValueError("v")), "retry", 3, "ValueError: v", "ValueError"),
         (Retry(3.0, "busy"), "retry", 3, "busy", "millpond.worker.outcomes.Retry"),
         (Retry(1e300), "retry", LONGEST_DELAY, None, "millpond.worker.outcomes.Retry"),
         (Defer(7.0, "closed"), "defer", 7, "closed", None),

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.worker.conftest import Held, MakeSite, Site, until
 
 from millpond.stores.faulty import Call, Fault, fail_before
+from millpond.worker.limits import Concurrency, Permits
 from millpond.worker.probe import EVERY, Probe, Report, check, write
 from millpond.worker.worker import Worker
 
@@ -75,6 +76,64 @@ async def test_a_worker_whose_places_are_all_taken_is_alive(site: MakeSite, tmp_
         assert problems(s, path) == []
         held.go.set()
         await s.empty()
+        await s.end(worker)
+
+
+async def test_a_worker_that_was_busy_for_long_has_its_time_to_look_again(
+    site: MakeSite, tmp_path: Path, held: Held
+) -> None:
+    """It was once taken for dead between the end of a long handler and its next look."""
+    path, down = tmp_path / "alive", threading.Event()
+
+    def plan(call: Call) -> Fault | None:
+        return fail_before() if down.is_set() else None
+
+    async with site(plan=plan) as s:
+        s.pond.consumer("q", name="mails", concurrency=1)(held.wait)
+        await s.queue.enqueue(b"")
+        worker = probed(s, path)
+        await until(lambda: held.started)
+        await s.pass_(300, steps=37)
+        down.set()
+        held.go.set()
+        await until(lambda: held.ended)
+        await s.pass_(20, steps=10)
+        assert problems(s, path) == []
+        await s.pass_(150, steps=15)
+        assert [problem.split()[:2] for problem in problems(s, path)] == [["consumer", "mails"]]
+        down.clear()
+        await s.pass_(60, steps=12)
+        assert problems(s, path) == []
+        await s.end(worker)
+
+
+async def test_who_waits_for_a_permit_is_alive_for_as_long_as_the_store_says_that_there_is_none(
+    site: MakeSite, tmp_path: Path
+) -> None:
+    """A worker held back by a limit once counted as alive whatever the store did."""
+    path, down = tmp_path / "alive", threading.Event()
+
+    def plan(call: Call) -> Fault | None:
+        return fail_before() if down.is_set() else None
+
+    async with site(plan=plan) as s:
+        s.pond.consumer("q", name="mails", gate=s.pond.limit("mails", concurrency=1))(lambda payload: None)
+        other = Permits(s.pond, "mails", Concurrency(1))
+        [permit] = await other.acquire(1, 0)
+        worker = probed(s, path)
+        await until(lambda: worker.lines and worker.lines[0].at_gate)
+        await s.pass_(400, steps=80)
+        assert worker.lines[0].at_gate
+        assert problems(s, path) == []
+        down.set()
+        await s.pass_(200, steps=40)
+        [problem] = problems(s, path)
+        assert problem.startswith(f"consumer mails of process {os.getpid()} has not asked for messages for ")
+        down.clear()
+        await s.pass_(30, steps=6)  # sooner than it waits for a permit
+        assert problems(s, path) == []
+        await permit.release()
+        await other.close()
         await s.end(worker)
 
 

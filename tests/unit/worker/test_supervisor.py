@@ -12,7 +12,7 @@ import pytest
 from millpond.model.clock import ManualClock
 from millpond.worker import supervisor as module
 from millpond.worker.probe import Report
-from millpond.worker.supervisor import KILL_AFTER, LIFELINE, LONGEST_PAUSE, STEADY, Supervisor
+from millpond.worker.supervisor import KILL_AFTER, LIFELINE, LONGEST_PAUSE, ONE_SIGNAL, STEADY, Supervisor
 
 
 class Process:
@@ -98,6 +98,7 @@ def test_signals_are_passed_on_and_nothing_is_started_any_more(made: list[Proces
     boss = supervisor(2)
     boss._step()
     boss.interrupt(signal.SIGINT)
+    boss.clock.advance(2)  # type: ignore[attr-defined]
     boss.interrupt(signal.SIGTERM)
     assert [process.signals for process in made] == [[2, 15], [2, 15]]
     made[0].code = 130
@@ -106,6 +107,28 @@ def test_signals_are_passed_on_and_nothing_is_started_any_more(made: list[Proces
     made[1].code = 143
     assert not boss._step()
     assert len(made) == 2
+
+
+def test_a_second_signal_that_comes_at_once_reaches_processes_that_take_two_within_a_second_for_one(
+    made: list[Process],
+) -> None:
+    """It was once lost on them, and who pressed Ctrl-C twice waited for the grace."""
+    boss = supervisor(2)
+    boss._step()
+    boss.interrupt(signal.SIGINT)
+    boss.clock.advance(0.25)  # type: ignore[attr-defined]
+    boss.interrupt(signal.SIGINT)
+    boss._step()
+    assert [process.signals for process in made] == [[2], [2]]
+    for _ in range(20):
+        boss.clock.advance(0.1)  # type: ignore[attr-defined]
+        boss._step()
+        if len(made[0].signals) == 1:
+            quiet = boss.clock.monotonic()
+    assert quiet >= ONE_SIGNAL
+    assert [process.signals for process in made] == [[2, 2], [2, 2]]
+    made[0].code = made[1].code = 130
+    assert not boss._step()
 
 
 def test_what_does_not_end_is_killed_some_time_after_the_grace(made: list[Process]) -> None:
@@ -131,6 +154,27 @@ def test_a_reload_ends_all_and_starts_them_at_once(made: list[Process]) -> None:
     boss._step()
     boss._step()
     assert len(made) == 4
+
+
+def test_a_second_reload_does_not_cut_short_what_is_ending_for_the_first(made: list[Process]) -> None:
+    """To a worker a second signal means: at once. Saving a file twice is not to say that."""
+    boss = supervisor(2)
+    boss._step()
+    boss.reload()
+    boss._step()
+    made[0].code = 0
+    boss._step()
+    boss._step()  # one has come back; the other still lets its handlers end
+    assert len(made) == 3
+    for _ in range(3):
+        boss.reload()
+        boss._step()
+    assert made[1].signals == [signal.SIGTERM]
+    assert made[2].signals == [signal.SIGTERM]  # it may have read what was changed since
+    made[1].code = made[2].code = 0
+    boss._step()
+    boss._step()
+    assert len(made) == 5
 
 
 @pytest.mark.parametrize(
