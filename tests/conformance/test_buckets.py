@@ -303,7 +303,8 @@ async def test_long_listings_come_in_pages(make: Make) -> None:
     if isinstance(bucket, ObstoreBucket):
         assert bucket.sent["list"] - before == 1, "a reader that stops early saves the rest"
     assert len((await bucket.folder("many/")).entries) == len(there)
-    await bucket.delete_many(there)
+    for start in range(0, len(there), 100):  # each in its own time: a slow server deletes them one by one
+        await bucket.delete_many(there[start : start + 100])
     assert await names(bucket, "many") == ["many-"]
 
 
