@@ -326,8 +326,9 @@ class Told:
         left = [min(told.others.values()) - clock.monotonic()] if told.others else []
         if told.later:
             left.append((min(due for due, _ in told.later.values()) - self._engine.now()) / 1000)
+        # A millisecond at least: less may be no time at all to the clock, and it would be looked for ever.
         told.timer = clock.call_later(
-            min(max(0.0, min(left)), PATIENCE if told.others else TICK), lambda: self._tick(queue, told)
+            min(max(0.001, min(left)), PATIENCE if told.others else TICK), lambda: self._tick(queue, told)
         )
 
     def _tick(self, queue: Queue, told: _Told) -> None:
