@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,8 @@ def requests_two_processes(callers: int, messages: int) -> dict[str, Any]:
 
 
 COMPETING = 8
+SETTLED = 3.0
+"""Seconds in which all wait, or have taken what there was."""
 
 
 def requests_competing(callers: int, messages: int) -> dict[str, Any]:
@@ -232,6 +235,35 @@ def requests_competing(callers: int, messages: int) -> dict[str, Any]:
         "server_each": (sum(made.values()) + sum(seen.values())) / (each * COMPETING),
         "processes": COMPETING,
         "server": {kind: made.get(kind, 0) + seen.get(kind, 0) for kind in {**made, **seen}},
+    }
+
+
+PACES = (30, 1000)
+"""Messages a second; the second is more than can be put in, one after the other."""
+
+
+def requests_waiting(rate: int, messages: int) -> dict[str, Any]:
+    """The same when several processes wait for what one puts in, and how long each message was on its way."""
+    with server() as port, proxy(port, 0) as before:
+        where = url(before.port, "wait")
+        processes = [start("bucket_worker.py", "wait", where, 1, 0) for _ in range(COMPETING)]
+        producer = start("bucket_worker.py", "pace", where, rate, messages)
+        for process in (*processes, producer):
+            assert process.stdout is not None
+            process.stdout.readline()
+        time.sleep(SETTLED)
+        before.counts()
+        answer(producer, messages / rate + messages / 50)
+        time.sleep(SETTLED)
+        seen = before.counts()
+        waits = sorted(wait for process in processes for wait in answer(process)["waits"])
+    return {
+        "server_each": sum(seen.values()) / messages,
+        "processes": COMPETING,
+        "server": seen,
+        "taken": len(waits),
+        "p50_ms": waits[len(waits) // 2] * 1e3 if waits else 0.0,
+        "p99_ms": waits[int(len(waits) * 0.99)] * 1e3 if waits else 0.0,
     }
 
 
@@ -298,6 +330,12 @@ def main() -> None:
                 result["requests_competing"][callers] = median_by(
                     runs, lambda callers=callers: requests_competing(callers, max(messages, 1600)), "server_each"
                 )
+        result["requests_waiting"] = {}
+        for rate in PACES:
+            note("requests waiting", rate)
+            result["requests_waiting"][rate] = median_by(
+                runs, lambda rate=rate: requests_waiting(rate, messages), "server_each"
+            )
     if wanted("idle"):
         note("idle")
         result["requests_of_an_idle_hour"] = answer(start("bucket_worker.py", "idle"))

@@ -4,6 +4,8 @@ python benchmarks/bucket_worker.py lifecycles URL CALLERS SECONDS
 python benchmarks/bucket_worker.py requests URL CALLERS MESSAGES    (prints "ready", goes on at the next line)
 python benchmarks/bucket_worker.py produce URL CALLERS MESSAGES     (likewise)
 python benchmarks/bucket_worker.py consume URL CALLERS MESSAGES     (likewise)
+python benchmarks/bucket_worker.py wait URL CALLERS 0              (prints "ready", takes messages until the next line)
+python benchmarks/bucket_worker.py pace URL PER_SECOND MESSAGES    (prints "ready", goes on at the next line)
 python benchmarks/bucket_worker.py idle
 """
 
@@ -98,6 +100,38 @@ async def requests(task: str, url: str, callers: int, messages: int) -> dict[str
     return {"requests": total.total, "kinds": kinds, "opening": opening, "messages": messages}
 
 
+async def wait(url: str, callers: int) -> dict[str, object]:
+    """Take what comes until the parent says that it is enough; seconds from enqueue to delivery."""
+    waits: list[float] = []
+    async with millpond.connect(url) as pond:
+        queue = pond.queue("bench")
+
+        async def caller() -> None:
+            while True:
+                for message in await queue.receive(1, wait=60.0):
+                    waits.append(time.time() - float(message.attributes["at"]))
+                    await message.ack()
+
+        tasks = [asyncio.ensure_future(caller()) for _ in range(callers)]
+        await asyncio.get_running_loop().run_in_executor(None, ready)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return {"waits": waits}
+
+
+async def pace(url: str, rate: float, messages: int) -> dict[str, object]:
+    """Put messages in, so many a second at most."""
+    async with millpond.connect(url) as pond:
+        queue = pond.queue("bench")
+        ready()
+        begun = time.perf_counter()
+        for number in range(messages):
+            await asyncio.sleep(begun + number / rate - time.perf_counter())
+            await queue.enqueue(PAYLOAD, attributes={"at": time.time()})
+    return {"messages": messages}
+
+
 async def idle() -> dict[str, object]:
     """Requests of a pond whose queue is empty, in an hour of a clock that is moved, on a bucket in memory."""
     from millpond.stores.objects.store import ObjectStore
@@ -136,6 +170,10 @@ def main() -> None:
         result: object = asyncio.run(lifecycles(rest[0], int(rest[1]), float(rest[2])))
     elif task in ("requests", "produce", "consume"):
         result = asyncio.run(requests(task, rest[0], int(rest[1]), int(rest[2])))
+    elif task == "wait":
+        result = asyncio.run(wait(rest[0], int(rest[1])))
+    elif task == "pace":
+        result = asyncio.run(pace(rest[0], float(rest[1]), int(rest[2])))
     elif task == "idle":
         result = asyncio.run(idle())
     else:

@@ -217,11 +217,14 @@ class Claiming(Consuming):
         deliveries: list[Delivery],
     ) -> None:
         """``waiting``: candidates to try first, the first of them last."""
+        offered = bool(waiting)
         while len(deliveries) < limit:
             taken: list[Record] = []
             try:
                 now = self.clock.now_ms()
                 shared = False
+                if offered and cache.paid and not waiting and not len(cache) and cache.is_complete(now):
+                    break  # Somebody else has what was offered: no reason to pay for a look at all of the queue.
                 if not waiting and cache.wants_refill(now, self.clock.monotonic()):
                     shared = not await self.refill(key, limit - len(deliveries))
                 taken = self.pop_candidates(cache, waiting, limit - len(deliveries), now)

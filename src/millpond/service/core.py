@@ -33,6 +33,7 @@ from millpond.stores.base import (
     Sealing,
     Store,
     Stored,
+    Telling,
     Update,
 )
 
@@ -77,6 +78,7 @@ class Core:
         self.ids = ids
         self.config = config
         self.stats = ReadyCacheStats()
+        self.teller = store if isinstance(store, Telling) else None
         self.takes = store.capabilities.takes
         """The store chooses and writes in one step; the ready cache then serves those who wait, and nobody else."""
         self.inline_limit = min(store.capabilities.inline_limit, config.max_payload_bytes)
@@ -262,9 +264,18 @@ class Core:
         if known.recheck is None:
             known.recheck = self.clock.now_ms() + round(FRESH * 1000)
 
-    async def refill(self, key: QueueKey, wanted: int = 1) -> bool:
+    def appeared_elsewhere(self, namespace: str, queue: str) -> None:
+        """The store was told of messages by name."""
+        if self.teller is None:
+            self.foreign_change(namespace, queue)
+            return
+        cache = self.cache((namespace, queue))
+        cache.told = True
+        cache.dry = False
+
+    async def refill(self, key: QueueKey, wanted: int = 1, *, hinted: bool = False) -> bool:
         """Ask the store what is ready. Callers at the same time share one read, and its error; whether it was the
-        caller's own, made for the number that it wanted."""
+        caller's own, made for the number that it wanted. ``hinted``: what the store was told of is enough."""
         while (under_way := self._refills.get(key)) is not None:
             started = self.clock.monotonic()
             self.stats.refresh_waits += 1
@@ -276,7 +287,8 @@ class Core:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._refills[key] = future
         try:
-            while not await self._refill(key, wanted):
+            whole = not await self._add_told(key, wanted, hinted)
+            while whole and not await self._refill(key, wanted):
                 pass
         except BaseException as error:
             if isinstance(error, Exception):
@@ -286,10 +298,32 @@ class Core:
                 future.set_result(False)  # The leader was cancelled, not the read: one of the followers does it.
             raise
         else:
-            future.set_result(True)
+            # Others want to know of all that is ready, unless this will do for them.
+            future.set_result(whole or len(self.cache(key)) > 0)
             return True
         finally:
             del self._refills[key]
+
+    async def _add_told(self, key: QueueKey, wanted: int, hinted: bool) -> bool:
+        """Have the ready cache know what the store was told of; whether no look at all that is ready is needed now."""
+        cache = self.cache(key)
+        now = self.clock.now_ms()
+        if self.teller is None or not cache.told or not cache.is_complete(now):
+            return False
+        cache.told = False
+        try:
+            found = await self.teller.told(*key, now, limit=min(max(wanted, 1), cache.capacity))
+        except BaseException:
+            cache.told = True
+            raise
+        records: list[Record] = []
+        for stored in found:
+            try:
+                records.append(self.record(stored))
+            except MillpondError as error:
+                self.report_unreadable(cache, stored, error)
+        cache.add(records)
+        return bool(records) or hinted or (len(cache) > 0 and not cache.dirty)
 
     async def _refill(self, key: QueueKey, wanted: int) -> bool:
         """One read. False when it met nothing but records that cannot be read, and there are more behind them."""

@@ -20,7 +20,7 @@ from millpond.model.clock import Clock, TimerHandle
 from millpond.model.ids import IdSource
 from millpond.service.ready import Record
 from millpond.service.watch import WatchFactory
-from millpond.stores.base import Subscription
+from millpond.stores.base import Attentive, Subscription
 
 Candidate = Record
 """A message that can be leased by a consumer: claim it, or give it back."""
@@ -45,6 +45,9 @@ class Provider(Protocol):
     def give_back(self, candidates: Sequence[Record]) -> None: ...
 
     def foreign_change(self, namespace: str, queue: str) -> None: ...
+
+    def appeared_elsewhere(self, namespace: str, queue: str) -> None:
+        """The store was told of messages by name: `next_candidates` finds them without a look at all of the queue."""
 
     def next_due(self, namespace: str, queue: str) -> int | None: ...
 
@@ -75,6 +78,7 @@ class _QueueState:
         "interval",
         "key",
         "linger",
+        "named",
         "rest",
         "sleeper",
         "subscription",
@@ -94,6 +98,8 @@ class _QueueState:
         self.waiters: OrderedDict[asyncio.Future[Record | None], None] = OrderedDict()
         self.task: asyncio.Task[None] | None = None
         self.woken = False
+        self.named = False
+        """Woken by nothing but news that name messages, which say nothing about others."""
         self.sleeper: asyncio.Future[None] | None = None
         self.alarm: int | None = None
         self.subscription: Subscription | None = None
@@ -103,6 +109,13 @@ class _QueueState:
 
     def wake(self) -> None:
         """Look now. Any number of calls before the look are one."""
+        self.woken = True
+        self.named = False
+        self.stir()
+
+    def wake_by_name(self) -> None:
+        """Look now at what was told by name."""
+        self.named = self.named or not self.woken
         self.woken = True
         self.stir()
 
@@ -366,7 +379,8 @@ class Dispatcher:
                     await self._rest(state, self._until_look(state), looked)
                     if not state.waiters:
                         break
-                if state.woken:
+                named, state.named = state.named, False
+                if state.woken and not named:
                     state.interval = self._poll_interval
                 state.woken = False
                 state.alarm = None
@@ -380,18 +394,24 @@ class Dispatcher:
                     except Exception as error:
                         # Whatever went wrong goes to the longest waiting caller; the others get the next try.
                         self._fail_one(state, error)
+                        if named:
+                            state.wake_by_name()
                         await self._pause(retry)
                         retry = min(retry * 2, MAX_RETRY)
                         continue
                     retry = FIRST_RETRY
                     self._hand_out(state, found)
                 if found:
-                    state.interval = state.rest = self._poll_interval
+                    if not named:
+                        state.interval = state.rest = self._poll_interval
                     if len(found) == wanted:
                         # Give the takers their turn before looking for the remaining waiters.
                         await asyncio.sleep(0)
                         continue
                 # An answer in part may have come from what the provider had at hand: what is due there is news still.
+                if named:
+                    await self._rest(state, max(0.0, self._until_look(state)), looked)
+                    continue
                 state.rest = self._next_rest(state)
                 await self._rest(state, state.rest, None if found else looked)
         finally:
@@ -496,9 +516,15 @@ class Dispatcher:
             self._provider.foreign_change(*key)
             state.wake()
 
+        def appeared() -> None:
+            self._provider.appeared_elsewhere(*key)
+            state.wake_by_name()
+
         try:
             state.subscription = self._watch_factory.subscribe(*key, changed)
             state.watch_retry = FIRST_RETRY
+            if self._thrifty and isinstance(state.subscription, Attentive):
+                state.subscription.attend(state.live_waiters, appeared)
             # What happened before the subscription was not told: look afresh.
             self._provider.foreign_change(*key)
         except Exception as error:  # The factory may be anybody's, and polling does without it.

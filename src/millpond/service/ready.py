@@ -115,6 +115,7 @@ class ReadyCache:
         "page",
         "paid",
         "spread",
+        "told",
     )
 
     def __init__(self, capacity: int, *, asleep: bool = False, paid: bool = False) -> None:
@@ -144,6 +145,8 @@ class ReadyCache:
         self.last_used = 0.0
         self.dirty = True
         """Somebody else changed the queue: refill before the next hand-out."""
+        self.told = False
+        """The store was told of messages by name: they belong to what is cached."""
         self.spread = 0
         """Among how many first records to choose by chance; grows with lost races, 0 while nobody competes."""
         self.bad: dict[str, tuple[int, int, int]] = {}
@@ -165,7 +168,7 @@ class ReadyCache:
 
     def wants_refill(self, now: int, monotonic: float) -> bool:
         """Whether to ask the store before handing out."""
-        if not self._entries or self.dirty or self.loaded_at is None:
+        if not self._entries or self.dirty or self.told or self.loaded_at is None:
             return True
         age = monotonic - self.loaded_at
         return age >= self.max_age or (self.next_due is not None and self.next_due <= now and age >= DUE_REFRESH)
@@ -202,6 +205,24 @@ class ReadyCache:
                 self._payload_bytes += len(payload)
         self._entries[item.id] = record
         heapq.heappush(self._heap, (*key, next(self._ties), record))
+
+    def add(self, records: list[Record]) -> None:
+        """Messages that are ready besides those that are cached."""
+        for record in records:
+            item = record.item
+            if item.id in self._inflight:
+                continue
+            self.forget(item.id)
+            if len(self._entries) >= self.capacity:
+                self.more = True
+                return
+            self._entries[item.id] = record
+            heapq.heappush(self._heap, (-item.priority, record.mark.due, item.key, next(self._ties), record))
+
+    def is_complete(self, now: int) -> bool:
+        """Nothing but what the store was told of is a reason to ask what is ready."""
+        due = self.next_due is not None and self.next_due <= now
+        return not self.dirty and not self.more and not due and self.loaded_at is not None
 
     def _tighten(self, key: tuple[int, int, int]) -> None:
         """From ``key`` on the cache no longer knows everything."""

@@ -179,7 +179,7 @@ class QueueService(States):
         cache = self.cache(key)
         while True:
             now = self.clock.now_ms()
-            shared = cache.wants_refill(now, self.clock.monotonic()) and not await self.refill(key, limit)
+            shared = cache.wants_refill(now, self.clock.monotonic()) and not await self.refill(key, limit, hinted=True)
             found = self.pop_candidates(cache, [], limit, now)
             if found or not shared or not cache.more:
                 break

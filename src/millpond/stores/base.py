@@ -423,6 +423,24 @@ class Subscription(Protocol):
         """End it; harmless when repeated."""
 
 
+@runtime_checkable
+class Attentive(Protocol):
+    """A subscription that tells of messages by name: of those that its owner is to take, and not of all others."""
+
+    def attend(self, waiting: Callable[[], int], appeared: Callable[[], object]) -> None:
+        """From now on call ``appeared`` when `Telling.told` has something new, or may have once somebody waits, and the
+        other callback only after what is not told by name. ``waiting``: how many wait for messages at this moment."""
+
+
+@runtime_checkable
+class Telling(Protocol):
+    """A store whose subscriptions are `Attentive`."""
+
+    async def told(self, namespace: str, queue: str, now: int, *, limit: int) -> list[Stored]:
+        """Up to ``limit`` ready records that others put in, and that this process was told of since it was asked last;
+        what else is ready, `Store.ready` says."""
+
+
 class Blob(NamedTuple):
     """A payload stored apart."""
 

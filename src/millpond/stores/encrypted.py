@@ -70,6 +70,7 @@ from millpond.stores.base import (
     Store,
     Stored,
     Subscription,
+    Telling,
     Unique,
     Update,
     Updated,
@@ -330,6 +331,12 @@ class EncryptedStore:
                 return ReadyPage(records[:limit], more, page.next_due)
             # The bad ones take the place of good ones behind them: look further by as many.
             skip = bad
+
+    async def told(self, namespace: str, queue: str, now: int, *, limit: int) -> builtins.list[Stored]:
+        """What the inner store was told of, as far as it opens."""
+        if not isinstance(self.inner, Telling):
+            return []
+        return await self._readable(await self.inner.told(namespace, queue, now, limit=limit))
 
     async def take(
         self, namespace: str, queue: str, now: int, *, limit: int, decide: Decide

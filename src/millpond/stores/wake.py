@@ -10,6 +10,7 @@ low rate whether the data has changed at all, and then looks everywhere.
 from __future__ import annotations
 
 import asyncio
+import enum
 import hashlib
 import os
 import socket
@@ -36,16 +37,49 @@ kernel's tick (1 to 10 ms), so two changes may share one."""
 _LONGEST_PATH = 100
 """Bytes that fit into a socket's address everywhere (104 on macOS, 108 on Linux)."""
 _DATAGRAM = 65_536
+_EVERYTHING = msgspec.msgpack.encode([])
+
+OWED = 0.01
+"""Seconds until who could not be told is told to look everywhere, where senders see to that."""
+OWED_TRIES = 8
 
 Name = tuple[str, str]
 
-_decoder = msgspec.msgpack.Decoder(list[tuple[str, str]])
+
+class Kind(enum.IntEnum):
+    """What is told of a queue."""
+
+    CHANGED = 0
+    """Look for yourself."""
+    YOURS = 1
+    """These appeared, and are the receiver's to take if somebody waits there."""
+    OTHERS = 2
+    """These are another's to take, who was told so."""
+    ANYBODY = 3
+    """Nobody waits for these: they are for the first who does."""
+    TAKEN = 4
+    """These were taken."""
+
+
+class News(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What one datagram tells of one queue."""
+
+    namespace: str
+    queue: str
+    kind: int = Kind.CHANGED
+    names: tuple[str, ...] = ()
+    """Of messages, in the store's own words."""
+    due: int = 0
+    """When they may be taken, ms UTC."""
+
+
+_decoder = msgspec.msgpack.Decoder(list[News])
 
 
 class FeedSubscription:
     """A live interest in the changes of one queue."""
 
-    __slots__ = ("_active", "_callback", "_feed", "_scheduled", "name")
+    __slots__ = ("_active", "_callback", "_feed", "_scheduled", "attended", "name")
 
     def __init__(self, feed: ChangeFeed, name: Name, callback: Callable[[], object]) -> None:
         self._feed = feed
@@ -53,6 +87,8 @@ class FeedSubscription:
         self._active = True
         self._scheduled = False
         self.name = name
+        self.attended = False
+        """News that name messages are somebody else's to hear, who tells its owner."""
 
     @property
     def active(self) -> bool:
@@ -84,13 +120,23 @@ class FeedSubscription:
 class ChangeFeed:
     """Sends and receives changes among all who share ``directory``.
 
-    ``look`` is asked now and then whether somebody else has written, and calls back with the answer. Belongs to one
-    event loop.
+    ``look`` is asked now and then whether somebody else has written, and calls back with the answer. ``heard`` is given
+    the news that name messages. Belongs to one event loop.
     """
 
     def __init__(
-        self, directory: str, *, mode: int, clock: Clock, look: Callable[[Callable[[bool], object]], object]
+        self,
+        directory: str,
+        *,
+        mode: int,
+        clock: Clock,
+        look: Callable[[Callable[[bool], object]], object],
+        heard: Callable[[News], object] | None = None,
     ) -> None:
+        self._heard = heard
+        self._owed: dict[str, int] = {}
+        """Listeners that could not be told something → how often that was tried."""
+        self._owing: TimerHandle | None = None
         self._directory = _short(directory)
         self._mode = mode
         self._clock = clock
@@ -160,8 +206,9 @@ class ChangeFeed:
         assert self._socket is not None
         assert self._loop is not None
         names: set[Name] = set()
+        named: list[News] = []
         everything = False
-        count = 0
+        count = vague = 0
         while count < 64:  # then let others run; the loop calls again at once
             try:
                 data = self._socket.recv(_DATAGRAM)
@@ -172,18 +219,32 @@ class ChangeFeed:
                 return
             count += 1
             try:
-                named = _decoder.decode(data)
+                told = _decoder.decode(data)
             except (msgspec.DecodeError, UnicodeDecodeError):
                 continue  # not from one of us
-            names.update(named)
-            everything = everything or not named
+            vague += 1
+            for news in told:
+                if self._heard is None or news.kind == Kind.CHANGED:
+                    names.add((news.namespace, news.queue))
+                else:
+                    named.append(news)
+            if told and named and named[-1] is told[-1]:
+                vague -= 1  # Who sends names sees to it himself that none get lost.
+            everything = everything or not told
         self.numbers["received"] += count
-        if everything or count >= _OVERFLOW:
+        if everything or vague >= _OVERFLOW:
             self._wake_all()
-            return
-        for name in names:
-            for subscription in self._subscriptions.get(name, ()):
-                subscription._wake(self._loop)
+        else:
+            for name in names:
+                for subscription in self._subscriptions.get(name, ()):
+                    subscription._wake(self._loop)
+        for news in named:
+            if news.kind != Kind.TAKEN:
+                for subscription in self._subscriptions.get((news.namespace, news.queue), ()):
+                    if not subscription.attended:
+                        subscription._wake(self._loop)
+            if self._heard is not None:
+                self._heard(news)
 
     def _wake_all(self) -> None:
         assert self._loop is not None
@@ -245,26 +306,61 @@ class ChangeFeed:
 
     def publish(self, names: Iterable[Name]) -> None:
         """Tell all others that these queues changed. Never waits, never raises."""
-        listeners = self._others()
+        listeners = self.others()
         if not listeners:
             return
         named = list(names)
         data = msgspec.msgpack.encode(named if len(named) <= MAX_NAMES else [])
+        for name in listeners:
+            self._send(name, data, self._heard is not None)
+
+    def tell(self, listener: str, news: list[News], *, insist: bool = False) -> bool:
+        """Tell one of `others`. Never waits; False: it is gone, or has too much to read. ``insist``: if it has too
+        much, it is told a moment later that it has to look everywhere."""
+        return self._send(listener, msgspec.msgpack.encode(news), insist)
+
+    def _send(self, name: str, data: bytes, insist: bool) -> bool:
         if self._sender is None:
             self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._sender.setblocking(False)
-        for name in listeners:
-            try:
-                self._sender.sendto(data, self._address(name))
-                self.numbers["sent"] += 1
-            except ConnectionRefusedError:  # its process is gone
-                self._unlink(name)
-                self.numbers["listeners_removed"] += 1
-                self._changed_at = -1
-            except FileNotFoundError:
-                self._changed_at = -1
-            except OSError:  # its buffer is full (it has news to read, and then looks everywhere), or is not for us
-                self.numbers["dropped"] += 1
+        try:
+            self._sender.sendto(data, self._address(name))
+            self.numbers["sent"] += 1
+        except ConnectionRefusedError:  # its process is gone
+            self._unlink(name)
+            self.numbers["listeners_removed"] += 1
+            self._changed_at = -1
+            return False
+        except FileNotFoundError:
+            self._changed_at = -1
+            return False
+        except OSError:  # its buffer is full (it has news to read, and then looks everywhere), or is not for us
+            self.numbers["dropped"] += 1
+            if insist:
+                # What has names does not let it look everywhere: it is told to.
+                self._owed[name] = self._owed.get(name, 0) + 1
+                if self._owing is None:
+                    self._owing = self._clock.call_later(OWED * 2 ** (self._owed[name] - 1), self._pay)
+            return False
+        return True
+
+    def _pay(self) -> None:
+        self._owing = None
+        owed, self._owed = self._owed, {}
+        for name, tries in owed.items():
+            if tries <= OWED_TRIES:
+                self._owed[name] = tries
+                if self._send(name, _EVERYTHING, True) or name not in self._others():
+                    self._owed.pop(name, None)
+
+    @property
+    def own(self) -> str:
+        """Its own name among the listeners; empty while it is none."""
+        return self._own
+
+    def others(self) -> list[str]:
+        """The listeners that there are, but for itself. To be left as it is."""
+        return self._others()
 
     def _others(self) -> list[str]:
         try:
@@ -309,6 +405,9 @@ class ChangeFeed:
 
     def abandon(self) -> None:
         """Close the descriptors and nothing else: what a forked child does with its parent's."""
+        if self._owing is not None:
+            self._owing.cancel()
+            self._owing = None
         for held in (self._socket, self._sender):
             if held is not None:
                 held.close()

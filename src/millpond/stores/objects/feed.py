@@ -20,8 +20,7 @@ from pathlib import Path
 
 from millpond.errors import StoreClosed, StoreError
 from millpond.model.clock import Clock
-from millpond.stores.base import Subscription
-from millpond.stores.wake import ChangeFeed, Name
+from millpond.stores.wake import ChangeFeed, FeedSubscription, Name, News
 
 log = logging.getLogger("millpond.objects")
 
@@ -32,10 +31,11 @@ _MODE = 0o600
 class HostFeed:
     """The change feed of a bucket's store among the processes of this user on this machine."""
 
-    def __init__(self, identity: str, *, clock: Clock) -> None:
-        """``identity`` is the same for all who have the store open, by whatever URL, and for no other store. Nothing is
-        made or opened yet."""
+    def __init__(self, identity: str, *, clock: Clock, heard: Callable[[News], object] | None = None) -> None:
+        """``identity`` is the same for all who have the store open, by whatever URL, and for no other store. ``heard``
+        is given the news that name messages. Nothing is made or opened yet."""
         self._clock = clock
+        self._heard = heard or (lambda news: None)
         self._directory = feed_directory(identity)
         self._feed: ChangeFeed | None = None
         self._closed = False
@@ -48,22 +48,48 @@ class HostFeed:
 
     def announce(self, changed: Iterable[Name]) -> None:
         """Tell the others that these queues (namespace, name) changed. Never waits, never raises."""
-        if self._closed:
-            return
-        try:
-            there = _ours(self._directory.parent) and _ours(self._directory)
-        except StoreError as error:
-            if not self._warned:
-                self._warned = True
-                log.warning("millpond.feed.refused", extra={"reason": str(error)})
-            return
-        if there:  # else nobody has ever listened
+        if self._usable():
             try:
                 self._open().publish(changed)
             except OSError as error:
                 log.debug("millpond.feed.failed", extra={"reason": str(error)})
 
-    def subscribe(self, namespace: str, queue: str, callback: Callable[[], object]) -> Subscription:
+    def _usable(self) -> bool:
+        """Whether somebody may be listening, in a directory that is ours."""
+        if self._closed:
+            return False
+        try:
+            return _ours(self._directory.parent) and _ours(self._directory)
+        except StoreError as error:
+            if not self._warned:
+                self._warned = True
+                log.warning("millpond.feed.refused", extra={"reason": str(error)})
+            return False
+
+    @property
+    def own(self) -> str:
+        """This store's name among the listeners; empty while it does not listen."""
+        return "" if self._feed is None else self._feed.own
+
+    def others(self) -> list[str]:
+        """The other listeners. Never raises. To be left as it is."""
+        if self._usable():
+            try:
+                return self._open().others()
+            except OSError as error:
+                log.debug("millpond.feed.failed", extra={"reason": str(error)})
+        return []
+
+    def tell(self, listener: str, news: list[News], *, insist: bool = False) -> bool:
+        """Tell one of `others`. Never waits, never raises; False: it is gone, or has too much to read. ``insist``: then
+        it is told a moment later to look everywhere."""
+        try:
+            return self._open().tell(listener, news, insist=insist)
+        except OSError as error:
+            log.debug("millpond.feed.failed", extra={"reason": str(error)})
+            return False
+
+    def subscribe(self, namespace: str, queue: str, callback: Callable[[], object]) -> FeedSubscription:
         """Call ``callback`` on the running loop after another process of this machine changed the queue. Raises
         StoreError where that cannot be had."""
         if self._closed:
@@ -80,7 +106,9 @@ class HostFeed:
 
     def _open(self) -> ChangeFeed:
         if self._feed is None:
-            self._feed = ChangeFeed(str(self._directory), mode=_MODE, clock=self._clock, look=lambda answer: None)
+            self._feed = ChangeFeed(
+                str(self._directory), mode=_MODE, clock=self._clock, look=lambda answer: None, heard=self._heard
+            )
         return self._feed
 
     def close(self) -> None:

@@ -40,7 +40,8 @@ _MASK = (1 << 64) - 1
 Queue = tuple[str, str]
 
 
-def _mix(number: int) -> int:
+def mix(number: int) -> int:
+    """64 bits of which each depends on all 64 of ``number``."""
     # The finalizer of splitmix64 (Steele, Lea and Flood 2014): each bit of the one is of influence on all of the other.
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK
     number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK
@@ -55,8 +56,8 @@ class Share(NamedTuple):
 
     def has(self, number: int) -> bool:
         """Whether a message, by a number that is the same for all, is this process's."""
-        own = _mix(self.mine ^ number & _MASK)
-        return all(_mix(other ^ number & _MASK) < own for other in self.others)
+        own = mix(self.mine ^ number & _MASK)
+        return all(mix(other ^ number & _MASK) < own for other in self.others)
 
 
 class _Met:
@@ -83,7 +84,7 @@ class Rivals:
 
     def __init__(self, me: bytes, clock: Clock) -> None:
         self.me = me
-        self._seed = _mix(int.from_bytes(me))
+        self._seed = mix(int.from_bytes(me))
         self._clock = clock
         self._queues: OrderedDict[Queue, _Met] = OrderedDict()
 
@@ -137,7 +138,7 @@ class Rivals:
         """How the queue is shared; None while nobody else is known by name."""
         met = self._queues.get(queue)
         others = [] if met is None else self._alive(met)
-        return Share(self._seed, tuple(_mix(int.from_bytes(name)) for name in others)) if others else None
+        return Share(self._seed, tuple(mix(int.from_bytes(name)) for name in others)) if others else None
 
     # Saying so
 

@@ -28,6 +28,7 @@ from millpond.stores.base import (
     Decide,
     Document,
     Insert,
+    Inserted,
     Item,
     Op,
     Outcome,
@@ -57,10 +58,12 @@ from millpond.stores.objects.index import BYTES, ENTRIES, Index
 from millpond.stores.objects.listing import Listing
 from millpond.stores.objects.markers import Markers
 from millpond.stores.objects.moves import Moves
+from millpond.stores.objects.names import Name
 from millpond.stores.objects.presence import Presence
 from millpond.stores.objects.reads import Reader
 from millpond.stores.objects.ready import Ready
 from millpond.stores.objects.requests import CountedBucket
+from millpond.stores.objects.told import HostSubscription, Told
 from millpond.stores.objects.upkeep import Upkeep
 from millpond.stores.objects.writes import Writer
 
@@ -120,6 +123,7 @@ class ObjectStore:
         self._writer = Writer(engine, self._markers, self._groups, self._moves, self._finder, self._blobs)
         self._listing = Listing(engine, self._moves)
         self._presence = Presence(engine)
+        self._told = Told(engine)
         self._ready = Ready(engine, self._listing, self._groups, self._presence)
         self._reader = Reader(engine, self._listing, self._groups)
         self._damaged = Damaged(engine, self._groups)
@@ -175,7 +179,7 @@ class ObjectStore:
             root = self._read_root(content.data)
         if self._measure_skew:
             await self._compare_clocks()
-        self._feed = HostFeed(root.store, clock=self._clock)
+        self._feed = self._told.feed = HostFeed(root.store, clock=self._clock, heard=self._told.heard)
         self._open = True
 
     @staticmethod
@@ -216,6 +220,7 @@ class ObjectStore:
         while self._engine.tasks:
             await asyncio.gather(*self._engine.tasks, return_exceptions=True)
         await self._presence.end()
+        self._told.close()
         if self._feed is not None:
             self._feed.close()
         await self._engine.bucket.close()
@@ -299,15 +304,38 @@ class ObjectStore:
         return outcomes
 
     def _announce(self, ops: Sequence[Op], outcomes: Sequence[Outcome]) -> None:
-        """Tell the other processes of this machine in which queues they may want to look."""
-        if self._feed is not None:
-            changed = {
-                place(op)
-                for op, outcome in zip(ops, outcomes, strict=True)
-                if _is_news(op) and not isinstance(outcome, Conflict)
-            }
-            if changed:
-                self._feed.announce(changed)
+        """Tell the other processes of this machine which messages they may take, or in which queues they may want to
+        look, and which messages are taken."""
+        if self._feed is None:
+            return
+        now = self._engine.now()
+        changed: set[tuple[str, str]] = set()
+        appeared: dict[tuple[str, str], builtins.list[tuple[Name, int]]] = {}
+        taken: dict[tuple[str, str], builtins.list[str]] = {}
+        for op, outcome in zip(ops, outcomes, strict=True):
+            if isinstance(outcome, Conflict):
+                continue
+            if not _is_news(op):
+                if isinstance(op, Update) and isinstance(outcome, Updated) and op.leased:
+                    etag = None if op.mark.leased and op.mark.due > now else records.parse_etag(outcome.mark.etag)
+                    if etag is not None:
+                        taken.setdefault(place(op), []).append(etag.place)
+                continue
+            named = None
+            if isinstance(op, Insert | Update) and op.item.group is None and isinstance(outcome, Inserted | Updated):
+                named = records.parse_etag(outcome.mark.etag)
+            if named is None:
+                changed.add(place(op))
+            elif isinstance(op, Insert | Update):
+                name = names.of_place(*place(op), named.place)
+                appeared.setdefault(place(op), []).append((name, op.due))
+        if changed:
+            self._feed.announce(changed)
+        for queue, written in appeared.items():
+            if queue not in changed:
+                self._told.appeared(queue, written)
+        for queue, places in taken.items():
+            self._told.taken(queue, places)
 
     async def commit(self, ops: Sequence[Op]) -> builtins.list[Outcome]:
         """One op, or a ``Remove`` followed by ``Insert`` ops. Raises StoreError for anything else."""
@@ -435,7 +463,12 @@ class ObjectStore:
         self._check_open()
         if self._feed is None:
             raise StoreClosed("the store is not open")
-        return self._feed.subscribe(namespace, queue, callback)
+        return HostSubscription(self._told, self._feed.subscribe(namespace, queue, callback), callback)
+
+    async def told(self, namespace: str, queue: str, now: int, *, limit: int) -> builtins.list[Stored]:
+        """Ready records of which other processes of this machine have told this one by name: a read of each."""
+        self._check_open()
+        return await self._told.told((namespace, queue), now, limit)
 
     def requests(self) -> dict[QueueName | None, Requests]:
         """What was asked of the bucket so far, per queue; None stands for what is no queue's."""
